@@ -1,0 +1,7 @@
+"""The recipe: models, durations, and reading them from YAML. Imports no torch."""
+
+from .duration import Duration
+from .load import ConfigError, dump_config, load_config, merge
+from .models import RunConfig
+
+__all__ = ["ConfigError", "Duration", "RunConfig", "dump_config", "load_config", "merge"]

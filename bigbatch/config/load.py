@@ -1,0 +1,154 @@
+"""From a YAML file and ``a.b=c`` overrides to a frozen RunConfig, or one clear message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from .models import RunConfig
+
+Tree = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """The user's input is wrong. The message names the key, the value and a way out; the CLI exits 2 with it."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where ``off`` is a word and ``1e-1`` a number, and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        repeated = {str(key) for key in keys if keys.count(key) > 1}
+        if repeated:
+            raise ConfigError(f"{', '.join(sorted(repeated))}: written twice, line {node.start_mark.line + 1}; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def _resolvers() -> dict[str, list[tuple[str, Any]]]:
+    import re
+
+    table = {
+        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    boolean = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+    number = re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
+    for first in "tTfF":
+        table.setdefault(first, []).append(("tag:yaml.org,2002:bool", boolean))
+    for first in "-+.0123456789":
+        table.setdefault(first, []).append(("tag:yaml.org,2002:float", number))
+    return table
+
+
+_Loader.yaml_implicit_resolvers = _resolvers()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, follow its ``extends:``, apply ``key.path=value`` overrides, validate.
+
+    A section whose ``name`` or ``kind`` differs from the one it overrides replaces it whole, so that no option of
+    another optimiser or schedule is inherited. Raises ConfigError.
+    """
+    tree = _read(Path(path), ())
+    for override in overrides:
+        tree = merge(tree, _override(override))
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, tree)}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved recipe as YAML that load_config reads back to an equal config."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """``over`` on ``base``, section by section; neither is changed."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        renamed = both and any(tag in value and tag in old and value[tag] != old[tag] for tag in ("name", "kind"))
+        result[key] = merge(old, value) if both and not renamed else value  # type: ignore[arg-type]
+    return result
+
+
+def explain(error: ValidationError, tree: object) -> str:
+    """The first problem pydantic found in ``tree`` as ``key = value: what is wrong``, and how many more keys have one."""
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        problems.setdefault(_key(problem, tree), []).append(problem)
+    key, first = next(iter(problems.items()))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    match first[0]["type"]:
+        case "missing":
+            return f"{key}: required and not set{more}"
+        case "extra_forbidden":
+            return f"{key} = {first[0]['input']!r}: unknown key; `bigbatch schema` lists the legal ones{more}"
+        case "union_tag_invalid":
+            context = first[0]["ctx"]
+            tag = context["discriminator"].strip("'")
+            return f"{key}.{tag} = {context['tag']!r}: unknown; choose one of {context['expected_tags']}{more}"
+        case "union_tag_not_found":
+            return f"{key}: {first[0]['ctx']['discriminator']} is required and not set{more}"
+    messages = " or ".join(dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in first))
+    return f"{key} = {first[0]['input']!r}: {messages}{more}"
+
+
+def _key(problem: Any, tree: object) -> str:
+    """The user's own path to a problem: pydantic's, without the names of union members that stand between."""
+    path: list[str] = []
+    node = tree
+    for part in problem["loc"]:
+        if isinstance(node, Mapping) and part in node or isinstance(node, (list, tuple)) and isinstance(part, int):
+            path.append(str(part))
+            node = node[part]
+    if problem["type"] == "missing":
+        path.append(str(problem["loc"][-1]))
+    return ".".join(path) or "recipe"
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
+    where = path.resolve()
+    if where in seen:
+        raise ConfigError(f"{path}: extends itself ({' -> '.join(p.name for p in (*seen, where))}); break the circle")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe; give the path of a YAML file, such as those in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        kind = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(f"{path}: the recipe is {kind}; write sections such as `duration: 10ep` and `batch: {{global: 256}}`")
+    if not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path}: every key must be a word, got {[k for k in tree if not isinstance(k, str)][0]!r}")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends = {parent!r}: give the path of one recipe, relative to this file")
+    return merge(_read(path.parent / parent, (*seen, where)), tree)
+
+
+def _override(text: str) -> Tree:
+    key, equals, raw = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {text!r}: write key.path=value, for example batch.global=1024")
+    try:
+        value = yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: the value is not YAML; quote it") from None
+    for part in reversed(parts):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]

@@ -22,6 +22,7 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: str = Field("runs/default", min_length=1, description="Directory the run owns; the same directory resumes it.")
+    stop_after: Duration | None = Field(None, description="Save and stop here; the same run goes on without this key.")
     nonfinite_limit: Positive = Field(20, description="Consecutive steps with a non-finite gradient before giving up.")
 
 

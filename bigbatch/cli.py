@@ -1,0 +1,196 @@
+"""The command line: ``bigbatch VERB CONFIG [key.path=value …]``. Torch is imported only by the verbs that need it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigbatch.config import ConfigError, RunConfig, load_config
+from bigbatch.plan import Plan
+
+if TYPE_CHECKING:
+    from bigbatch.train import Parts
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 1 failed, 2 the input is wrong (one message, no traceback)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.verb(args))
+    except ConfigError as error:
+        return _say(str(error), USAGE)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from the newest checkpoint", 130)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; Python would complain again while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, run: object, help: str, *, recipe: bool = True) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help)
+        sub.set_defaults(verb=run)
+        if recipe:
+            sub.add_argument("config", help="recipe, a YAML file")
+            sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the recipe's")
+        return sub
+
+    verb("train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; the same command goes on.")
+    plan = verb("plan", _plan, "Show every number a run would use, with its reason, without training.")
+    plan.add_argument("--world-size", type=_positive, default=_world_size(), help="number of processes")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--strict", action="store_true", help="exit 2 on any warning")
+    evaluate = verb("evaluate", _evaluate, "Evaluate a run's newest checkpoint, or one checkpoint, exactly.", recipe=False)
+    evaluate.add_argument("path", help="run directory or checkpoint directory")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the run's")
+    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation")
+    verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _schema(args: argparse.Namespace) -> int:
+    print(json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2, ensure_ascii=False))
+    return OK
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan = make_plan(load_config(args.config, args.overrides), world_size=args.world_size)
+    if args.json:
+        print(plan.to_json())
+    else:
+        show_plan(plan)
+    if args.strict and plan.warnings:
+        return _say("; ".join(f"{w.code}: {w.message}" for w in plan.warnings), USAGE)
+    return OK
+
+
+def make_plan(config: RunConfig, *, world_size: int) -> Plan:
+    """The plan of a recipe whose data says how large it is. Raises ConfigError."""
+    from bigbatch.data import size_of
+    from bigbatch.plan import resolve
+
+    try:
+        size = size_of(config.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return resolve(config, world_size=world_size, dataset_size=size)
+
+
+def show_plan(plan: Plan) -> None:
+    """The plan as a table: what, value, why, source; then its warnings."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("what", "value", "why", "source", title=f"plan for {plan.world_size} processes", title_justify="left")
+    for decision in plan.decisions:
+        table.add_row(decision.what, decision.value, decision.why, decision.source)
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(f"warning {warning.code}: {warning.message}", style="yellow", highlight=False)
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    plan = make_plan(config, world_size=_world_size())
+
+    from bigbatch.train import RunError, train
+
+    if _rank() == 0 and config.tracking.console != "none":
+        show_plan(plan)
+    try:
+        with _assembled(config, plan) as parts:
+            summary = train(parts)
+    except RunError as error:
+        return _say(str(error), FAILED)
+    if _rank() == 0:
+        print(json.dumps({"run": config.run.dir, **summary}))
+    return OK
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    path = Path(args.path)
+    is_run = (path / "config.yaml").is_file()
+    run = path if is_run else path.parent.parent
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{path}: neither a run directory (with config.yaml) nor a checkpoint in one")
+    # How the training batch was cut is no matter here, so any number of processes can evaluate.
+    anywhere = ("parallel.expect_world_size=null", "debug=false", "batch.micro=auto", f"batch.micro_limit={2**62}")
+    config = load_config(run / "config.yaml", [*args.overrides, *anywhere])
+    plan = make_plan(config, world_size=1)
+
+    from bigbatch.train import RunError, evaluate, open_checkpoint, open_newest
+
+    try:
+        saved = open_newest(path / "checkpoints") if is_run else open_checkpoint(path)
+        with _assembled(config, plan) as parts:
+            parts.model.load_state_dict(saved.model())
+            metrics = evaluate(parts, args.split)
+    except RunError as error:
+        return _say(str(error), FAILED)
+    if _rank() == 0:
+        print(json.dumps({"checkpoint": str(saved.path), "split": args.split, **metrics}))
+    return OK
+
+
+@contextmanager
+def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
+    """The parts of a run on this process; what the data or the model finds wrong is the user's to mend."""
+    from bigbatch.dist import Runtime
+    from bigbatch.train import assemble
+
+    parallel = config.parallel
+    with Runtime(precision=config.precision, timeout=parallel.timeout, debug=config.debug) as runtime:
+        try:
+            parts = assemble(config, plan, runtime)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        yield parts
+
+
+# A launcher tells each process who it is before torch is there to ask.
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say(message: str, code: int) -> int:
+    """Print one message from rank 0 and return the exit code.
+
+    The other ranks nearly always have the same to say. They wait, because a launcher ends all processes when the first
+    one leaves and rank 0 must have spoken by then; a rank that is still here afterwards speaks for itself.
+    """
+    if _rank() > 0:
+        time.sleep(5)
+        message = f"rank {_rank()}: {message}"
+    print(f"bigbatch: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

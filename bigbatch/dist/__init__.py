@@ -1,0 +1,5 @@
+"""The runtime: processes, devices, collectives."""
+
+from .runtime import Runtime
+
+__all__ = ["Runtime"]

@@ -1,0 +1,104 @@
+"""Processes, devices and precision; Hugging Face Accelerate underneath."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Runtime:
+    """One process of a run: who it is, where it computes, and how it sums with the others.
+
+    Only the model is given to Accelerate; schedule, optimiser, sampler and accumulation are bigbatch's own, since
+    Accelerate's step the schedule once per process and average micro batches of unequal size.
+    """
+
+    def __init__(self, *, precision: Precision = "fp32", timeout: float = 1800.0, debug: bool = False) -> None:
+        self._accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            # Autocast is ours (`autocast`), whatever a launcher's configuration says.
+            mixed_precision="no",
+            kwargs_handlers=[
+                # Batch norm's running statistics are merged, not copied from rank 0.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+            ],
+        )
+        self.precision = precision
+        self.rank: int = self._accelerator.process_index
+        self.world_size: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if asked != self.world_size:
+            raise RuntimeError(f"{asked} processes were asked for (WORLD_SIZE) and {self.world_size} are running")
+        if debug:
+            torch.use_deterministic_algorithms(True)
+            torch.autograd.set_detect_anomaly(True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of parameters and inputs; bf16 and fp16 keep both in float32 and cast inside the forward pass."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision not in AUTOCAST:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=AUTOCAST[self.precision])
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model under DistributedDataParallel, or as it is on one process."""
+        return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
+
+    def exchange(self, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+        """Gradients of a backward pass inside are summed over processes only ``when`` true."""
+        return contextlib.nullcontext() if when else self._accelerator.no_sync(model)
+
+    def sum(self, tensor: Tensor) -> None:
+        """Sum a tensor over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def neighbours(self, count: int) -> Callable[[Tensor], None]:
+        """A function that sums a tensor in place over this process's block of ``count`` neighbouring ranks.
+
+        Every process must call it, with the same count, which must divide the world size.
+        """
+        mine = None
+        for first in range(0, self.world_size, count):
+            group = dist.new_group(range(first, first + count))
+            if first <= self.rank < first + count:
+                mine = group
+
+        def reduce(tensor: Tensor) -> None:
+            dist.all_reduce(tensor, group=mine)
+
+        return reduce
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error the other processes may be inside a collective, and leaving in order would wait for them.
+        if kind is None and dist.is_initialized():
+            dist.destroy_process_group()

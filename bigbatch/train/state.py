@@ -1,0 +1,57 @@
+"""The parts of a run, its clock, and what a step reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from bigbatch.config import RunConfig
+from bigbatch.data import Loader
+from bigbatch.dist import Runtime
+from bigbatch.norm import BatchStats
+from bigbatch.plan import Plan
+from bigbatch.tasks import Task
+
+from .scale import LossScale
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, for a reason the message gives; the CLI exits 1 with it, without a traceback."""
+
+
+@dataclass
+class Clock:
+    """Where a run is. Samples are the clock; ``skipped_in_a_row`` counts steps whose gradient was not finite."""
+
+    samples: int = 0
+    step: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a step needs, assembled. ``model`` is the module itself, ``wrapped`` what is called in training."""
+
+    config: RunConfig
+    plan: Plan
+    runtime: Runtime
+    task: Task
+    loader: Loader
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: Optimizer
+    stats: BatchStats
+    scale: LossScale | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step. ``loss`` is the mean over the window, or None where it was not asked for."""
+
+    loss: float | None
+    lr: float
+    grad_norm: float
+    global_batch: int
+    skipped: bool

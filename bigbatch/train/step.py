@@ -1,0 +1,91 @@
+"""One optimiser step, from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from bigbatch.clip import clip_gradients
+from bigbatch.data import fold, shares
+
+from .state import Parts, StepReport
+
+
+def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
+    """Train on the window that starts after ``samples`` samples.
+
+    The gradient is Σ loss / Σ weight over the whole window, whatever the number of processes, the accumulation and the
+    size of the window. One gradient exchange per step; one more all-reduce where the weights are not sample counts, and
+    one of the loss when it is asked for. A gradient that is not finite changes nothing but the clock.
+    """
+    plan, runtime, task = parts.plan, parts.runtime, parts.task
+    size, lr = plan.window(samples), plan.lr(samples)
+    pieces = my_pieces(parts, size)
+    batches: Iterable[dict[str, Tensor]] = (parts.loader.train(shift(piece, samples)) for piece in pieces)
+    weight: float | Tensor = size
+    if not task.weight_is_count:
+        batches = list(batches)
+        weight = global_weight(parts, pieces, batches)
+
+    # DistributedDataParallel divides the sum over processes by their number, which this undoes.
+    factor = runtime.world_size * (parts.scale.value if parts.scale else 1.0) / weight
+    parts.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for number, (piece, batch) in enumerate(zip(pieces, batches, strict=True)):
+        torch.manual_seed(fold(parts.config.seed, samples + piece.start))
+        parts.stats.empty(not piece)
+        with runtime.exchange(parts.wrapped, when=number == len(pieces) - 1):
+            with runtime.autocast():
+                loss, _ = task.loss(parts.wrapped, batch)
+            if not piece:
+                loss = loss * 0
+            (loss * factor).backward()
+        total += loss.detach()
+
+    if parts.scale:
+        gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / parts.scale.value)
+    clip = parts.config.clip
+    norm = float(clip_gradients(parts.model.parameters(), kind=clip.kind, max=clip.max))
+    finite = norm < float("inf")
+    if finite:
+        for group in parts.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        parts.optimizer.step()
+        parts.stats.commit(size)
+    else:
+        parts.stats.discard()
+    if parts.scale:
+        parts.scale.update(finite=finite)
+
+    mean = None
+    if want_loss:
+        runtime.sum(total)
+        mean = float(total / weight)
+    return StepReport(loss=mean, lr=lr, grad_norm=norm, global_batch=size, skipped=not finite)
+
+
+def my_pieces(parts: Parts, size: int) -> list[range]:
+    """This process's part of each micro-step of a window of ``size`` samples, as positions in the window."""
+    plan = parts.plan
+    rows = shares(
+        size, micro=plan.micro_batch, world_size=plan.world_size, accumulation=plan.accumulation, span=plan.span
+    )
+    return [row[parts.runtime.rank] for row in rows]
+
+
+def shift(piece: range, samples: int) -> range:
+    """A piece of the window as positions in the stream of samples."""
+    return range(samples + piece.start, samples + piece.stop)
+
+
+def global_weight(parts: Parts, pieces: list[range], batches: list[dict[str, Tensor]]) -> Tensor:
+    """Σ weight over the whole window, on every process."""
+    weight = torch.zeros((), dtype=torch.float64, device=parts.runtime.device)
+    for piece, batch in zip(pieces, batches, strict=True):
+        if piece:
+            weight += parts.task.weight(batch)
+    parts.runtime.sum(weight)
+    return weight

@@ -45,15 +45,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=run)
         if recipe:
             sub.add_argument("config", help="recipe, a YAML file")
-            sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the recipe's")
+            sub.add_argument(
+                "overrides", nargs="*", metavar="key.path=value", help="settings that override the recipe's"
+            )
         return sub
 
-    verb("train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; the same command goes on.")
+    verb(
+        "train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; the same command goes on."
+    )
     plan = verb("plan", _plan, "Show every number a run would use, with its reason, without training.")
     plan.add_argument("--world-size", type=_positive, default=_world_size(), help="number of processes")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--strict", action="store_true", help="exit 2 on any warning")
-    evaluate = verb("evaluate", _evaluate, "Evaluate a run's newest checkpoint, or one checkpoint, exactly.", recipe=False)
+    evaluate = verb(
+        "evaluate", _evaluate, "Evaluate a run's newest checkpoint, or one checkpoint, exactly.", recipe=False
+    )
     evaluate.add_argument("path", help="run directory or checkpoint directory")
     evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the run's")
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation")
@@ -79,8 +85,11 @@ def _plan(args: argparse.Namespace) -> int:
         print(plan.to_json())
     else:
         show_plan(plan)
-    if args.strict and plan.warnings:
-        return _say("; ".join(f"{w.code}: {w.message}" for w in plan.warnings), USAGE)
+    warnings = [f"{warning.code}: {warning.message}" for warning in plan.warnings]
+    if args.strict and warnings:
+        return _say("; ".join(warnings), USAGE)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     return OK
 
 
@@ -97,17 +106,14 @@ def make_plan(config: RunConfig, *, world_size: int) -> Plan:
 
 
 def show_plan(plan: Plan) -> None:
-    """The plan as a table: what, value, why, source; then its warnings."""
+    """The plan as a table: what, value, why, source."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     table = Table("what", "value", "why", "source", title=f"plan for {plan.world_size} processes", title_justify="left")
     for decision in plan.decisions:
         table.add_row(decision.what, decision.value, decision.why, decision.source)
-    console.print(table)
-    for warning in plan.warnings:
-        console.print(f"warning {warning.code}: {warning.message}", style="yellow", highlight=False)
+    Console().print(table)
 
 
 def _train(args: argparse.Namespace) -> int:

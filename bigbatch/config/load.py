@@ -25,7 +25,9 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
         repeated = {str(key) for key in keys if keys.count(key) > 1}
         if repeated:
-            raise ConfigError(f"{', '.join(sorted(repeated))}: written twice, line {node.start_mark.line + 1}; keep one")
+            raise ConfigError(
+                f"{', '.join(sorted(repeated))}: written twice, line {node.start_mark.line + 1}; keep one"
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -81,7 +83,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 
 
 def explain(error: ValidationError, tree: object) -> str:
-    """The first problem pydantic found in ``tree`` as ``key = value: what is wrong``, and how many more keys have one."""
+    """The first problem pydantic found in ``tree`` as ``key = value: what is wrong``, and how many keys have one."""
     problems: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):
         problems.setdefault(_key(problem, tree), []).append(problem)
@@ -107,7 +109,7 @@ def _key(problem: Any, tree: object) -> str:
     path: list[str] = []
     node = tree
     for part in problem["loc"]:
-        if isinstance(node, Mapping) and part in node or isinstance(node, (list, tuple)) and isinstance(part, int):
+        if (isinstance(node, Mapping) and part in node) or (isinstance(node, (list, tuple)) and isinstance(part, int)):
             path.append(str(part))
             node = node[part]
     if problem["type"] == "missing":
@@ -129,9 +131,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         kind = "empty" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError(f"{path}: the recipe is {kind}; write sections such as `duration: 10ep` and `batch: {{global: 256}}`")
+        raise ConfigError(
+            f"{path}: the recipe is {kind}; write sections such as `duration: 10ep` and `batch: {{global: 256}}`"
+        )
     if not all(isinstance(key, str) for key in tree):
-        raise ConfigError(f"{path}: every key must be a word, got {[k for k in tree if not isinstance(k, str)][0]!r}")
+        raise ConfigError(f"{path}: every key must be a word, got {next(k for k in tree if not isinstance(k, str))!r}")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree

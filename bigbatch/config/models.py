@@ -256,7 +256,9 @@ class Digits(_Data):
 
 class Idx(_Data):
     name: Literal["idx"]
-    path: tuple[str, ...] | str = Field(description="Folder of the four idx files; of several, the first that has them.")
+    path: Annotated[tuple[str, ...], Field(min_length=1)] | str = Field(
+        description="Folder of the four idx files; of several, the first that has them."
+    )
     validation: Positive = Field(5000, description="Training images at the end that validate.")
     download: Literal["fashion_mnist", "mnist"] | None = Field(None, description="Fetch into the first path.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -60,7 +61,10 @@ class Runtime:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model under DistributedDataParallel, or as it is on one process."""
-        return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
+        with warnings.catch_warnings():
+            # torch renames `broadcast_buffers`; the old name is the one that all supported releases know.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
 
     def exchange(self, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
         """Gradients of a backward pass inside are summed over processes only ``when`` true."""

@@ -30,7 +30,7 @@ def choose_micro(batch: Batch, norm: Norm, *, world_size: int) -> tuple[int, str
     if total % world_size:
         near = nearest(total, [total // world_size * world_size or world_size, (total // world_size + 1) * world_size])
         raise ConfigError(
-            f"batch.global = {total}: does not divide over {world_size} processes; use {near} or another number of processes"
+            f"batch.global = {total}: does not divide over {world_size} processes; use {near} or other processes"
         )
     share = total // world_size
     if batch.micro != "auto":
@@ -54,7 +54,9 @@ def choose_span(norm: Norm, *, micro: int, world_size: int) -> tuple[int | None,
     """The batch-norm span, why, and the source; None where batch norm is converted to another kind."""
     if norm.kind != "batch":
         if norm.span != "micro":
-            raise ConfigError(f"norm.span = {norm.span}: norm.kind {norm.kind} has no span; remove it or use norm.kind=batch")
+            raise ConfigError(
+                f"norm.span = {norm.span}: norm.kind {norm.kind} has no span; remove it or use norm.kind=batch"
+            )
         return None, f"norm.kind {norm.kind}: no statistics over the batch", "Wu & He 2018, arXiv:1803.08494"
     if norm.span == "micro":
         return micro, "norm.span micro: plain batch norm over each process's micro batch", GOYAL_BN

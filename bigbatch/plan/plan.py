@@ -75,7 +75,7 @@ class Plan:
         return self.schedule.at(samples)
 
     def is_due(self, every: int, *, before: int, after: int) -> bool:
-        """Whether a step from ``before`` to ``after`` samples crosses a multiple of ``every`` or is the last of the run."""
+        """Whether a step from ``before`` to ``after`` samples crosses a multiple of ``every`` or ends the run."""
         return after // every > before // every or after >= self.samples
 
     def to_json(self) -> str:

@@ -30,9 +30,17 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
     batch = config.batch.global_
     micro, why = choose_micro(config.batch, config.norm, world_size=world_size)
     accumulation = batch // (micro * world_size)
-    decide("global_batch", batch, f"batch.global; {world_size} × {micro} × {accumulation} (processes × micro × accumulation)")
+    decide(
+        "global_batch",
+        batch,
+        f"batch.global; {world_size} × {micro} × {accumulation} (processes × micro × accumulation)",
+    )
     decide("micro_batch", micro, why)
-    decide("accumulation", accumulation, "global batch / (processes × micro batch); gradients are exchanged once per update")
+    decide(
+        "accumulation",
+        accumulation,
+        "global batch / (processes × micro batch); gradients are exchanged once per update",
+    )
     span, why, source = choose_span(config.norm, micro=micro, world_size=world_size)
     decide("bn_span", span if span else "none", why, source)
 
@@ -62,9 +70,13 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
     stop = clock.samples(config.run.stop_after, whole=True) if config.run.stop_after else clock.total
     if stop < clock.total:
         decide("stop", f"{stop} samples", f"run.stop_after {config.run.stop_after}: saves and stops, to go on later")
-    every = {name: clock.samples(getattr(config, name).every, whole=True) for name in ("eval", "checkpoint", "tracking")}
+    every = {
+        name: clock.samples(getattr(config, name).every, whole=True) for name in ("eval", "checkpoint", "tracking")
+    }
     for name, what in (("eval", "evaluations"), ("checkpoint", "checkpoints")):
-        decide(what, f"every {every[name]} samples", f"{name}.every {getattr(config, name).every}, and after the last step")
+        decide(
+            what, f"every {every[name]} samples", f"{name}.every {getattr(config, name).every}, and after the last step"
+        )
     plan = Plan(
         world_size=world_size,
         global_batch=batch,
@@ -109,9 +121,13 @@ def _check_world(config: RunConfig, world_size: int) -> None:
 def _check_clip(config: RunConfig) -> None:
     clip = config.clip
     if clip.kind == "none" and clip.max is not None:
-        raise ConfigError(f"clip.max = {clip.max}: clip.kind is none; choose norm, value or adaptive, or remove clip.max")
+        raise ConfigError(
+            f"clip.max = {clip.max}: clip.kind is none; choose norm, value or adaptive, or remove clip.max"
+        )
     if clip.kind != "none" and clip.max is None:
-        raise ConfigError(f"clip.max: not set, but clip.kind is {clip.kind}; give the largest value allowed, such as 1.0")
+        raise ConfigError(
+            f"clip.max: not set, but clip.kind is {clip.kind}; give the largest value allowed, such as 1.0"
+        )
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,7 @@ def _rate(config: RunConfig, clock: _Clock) -> tuple[LrSchedule, float]:
     rule, base_batch = config.scaling.rule, config.scaling.base_batch
     if rule != "none" and base_batch is None:
         raise ConfigError(
-            f"scaling.base_batch: not set, but scaling.rule is {rule}; give the global batch that optim.lr was tuned for"
+            f"scaling.base_batch: not set, but scaling.rule is {rule}; give the global batch optim.lr was tuned for"
         )
     scale = lr_scale(rule, batch=clock.batch, base_batch=base_batch or clock.batch)
     peak = config.optim.lr * scale
@@ -202,7 +218,9 @@ def _warmup_samples(config: RunConfig, clock: _Clock) -> int:
             raise ConfigError(f"warmup.duration = {warmup.duration}: warmup.kind is none; choose gradual or constant")
         return 0
     if warmup.duration is None:
-        raise ConfigError(f"warmup.duration: not set, but warmup.kind is {warmup.kind}; give a length such as 5ep or 10%")
+        raise ConfigError(
+            f"warmup.duration: not set, but warmup.kind is {warmup.kind}; give a length such as 5ep or 10%"
+        )
     samples = clock.samples(warmup.duration, whole=True)
     if samples >= clock.total:
         raise ConfigError(

@@ -20,9 +20,12 @@ def plan_warnings(config: RunConfig, plan: Plan) -> Plan:
 def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
     optim, batch = config.optim, plan.global_batch
     if optim.name == "lars" and optim.weight_decay == 0 and not any(g.weight_decay for g in optim.groups or ()):
-        yield "lars_without_decay", (
-            "optim.weight_decay is 0: LARS was made with decay, which also bounds the weight norm its trust ratio follows; "
-            "1e-4 to 5e-4 is usual (arXiv:1708.03888)"
+        yield (
+            "lars_without_decay",
+            (
+                "optim.weight_decay is 0: LARS was made with decay, which bounds the weight norm its trust ratio follows; "
+                "1e-4 to 5e-4 is usual (arXiv:1708.03888)"
+            ),
         )
     short = plan.samples % batch if plan.last == "cross" else plan.epoch_samples % batch
     if short and plan.last != "drop":
@@ -30,20 +33,38 @@ def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
         yield "short_last_window", f"{which} has {short} of {batch} samples; it counts as a full step at the full rate"
     if batch > 0.1 * plan.dataset_size:
         share = batch / plan.dataset_size
-        yield "large_share_of_data", f"a batch is {share:.0%} of the {plan.dataset_size} training samples; few steps are left"
+        yield (
+            "large_share_of_data",
+            f"a batch is {share:.0%} of the {plan.dataset_size} training samples; few steps are left",
+        )
     if plan.lr_scale > 32:
-        yield "lr_scaled_above_32", (
-            f"the rate is scaled {plan.lr_scale:g} times; the linear rule was shown to hold to 32 times "
-            "(256 to 8,192, arXiv:1706.02677)"
+        yield (
+            "lr_scaled_above_32",
+            (
+                f"the rate is scaled {plan.lr_scale:g} times; the linear rule was shown to hold to 32 times "
+                "(256 to 8,192, arXiv:1706.02677)"
+            ),
         )
     if plan.lr_scale >= 4 and not plan.warmup_samples and config.decay.kind != "one_cycle":
-        yield "scaled_without_warmup", f"the rate is scaled {plan.lr_scale:g} times without a warmup (arXiv:1706.02677, 2.2)"
+        yield (
+            "scaled_without_warmup",
+            f"the rate is scaled {plan.lr_scale:g} times without a warmup (arXiv:1706.02677, 2.2)",
+        )
     if plan.warmup_samples and plan.schedule.start == plan.lr_peak:
-        yield "flat_warmup", f"the warmup starts at the peak, {plan.lr_peak:g}: it changes nothing; set warmup.start=zero"
+        yield (
+            "flat_warmup",
+            f"the warmup starts at the peak, {plan.lr_peak:g}: it changes nothing; set warmup.start=zero",
+        )
     if config.scaling.rule == "linear" and optim.name in ADAPTIVE and plan.lr_scale > 1:
-        yield "linear_rule_for_adaptive", f"{optim.name} was scaled with the square root of the batch (arXiv:1904.00962)"
+        yield (
+            "linear_rule_for_adaptive",
+            f"{optim.name} was scaled with the square root of the batch (arXiv:1904.00962)",
+        )
     if plan.bn_span and not plan.bn_groups_fixed and plan.world_size * plan.accumulation > 1:
-        yield "span_follows_micro", (
-            f"batch norm is over each micro batch of {plan.micro_batch}, so another layout is another run; "
-            f"set norm.span={plan.micro_batch} to fix it (no effect on a model without batch norm)"
+        yield (
+            "span_follows_micro",
+            (
+                f"batch norm is over each micro batch of {plan.micro_batch}, so another layout is another run; "
+                f"set norm.span={plan.micro_batch} to fix it (no effect on a model without batch norm)"
+            ),
         )

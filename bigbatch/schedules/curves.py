@@ -46,9 +46,10 @@ def inverse_time(s: int, *, every: int, rate: float) -> float:
 
 
 def one_cycle(s: int, *, up: int, total: int, start: float, end: float) -> float:
-    """Cosine rise from ``start`` to 1 over ``up`` samples, cosine fall to ``end`` (Smith & Topin 2017, arXiv:1708.07120).
+    """Cosine rise from ``start`` to 1 over ``up`` samples, cosine fall to ``end``.
 
-    Differs from the paper: cosine instead of straight flanks, no third phase, momentum is not cycled.
+    Smith & Topin 2017, arXiv:1708.07120. Differs from the paper: cosine instead of straight flanks, no third phase,
+    momentum is not cycled.
     """
     if s < up:
         return cosine(1.0 - s / up, end=start)

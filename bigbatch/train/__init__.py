@@ -7,4 +7,14 @@ from .loop import train
 from .state import Parts, RunError, StepReport
 from .step import train_step
 
-__all__ = ["Parts", "RunError", "StepReport", "assemble", "evaluate", "open_checkpoint", "open_newest", "train", "train_step"]
+__all__ = [
+    "Parts",
+    "RunError",
+    "StepReport",
+    "assemble",
+    "evaluate",
+    "open_checkpoint",
+    "open_newest",
+    "train",
+    "train_step",
+]

@@ -45,7 +45,9 @@ class Checkpoints:
         self.root = root
         self._keep, self._best, self._best_is = keep, best, best_is
 
-    def save(self, step: int, *, model: dict[str, torch.Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, *, model: dict[str, torch.Tensor], optimizer: dict[str, Any], state: dict[str, Any]
+    ) -> Path:
         """Write to a hidden directory, flush every file to the disk, rename; then delete what need not be kept."""
         target = self.root / f"{step:08d}"
         part = self.root / f".{target.name}.part"
@@ -67,7 +69,9 @@ class Checkpoints:
             _flush(self.root)
             self._prune()
         except OSError as error:
-            raise RunError(f"checkpoint {target} cannot be written: {error}; older checkpoints are untouched") from error
+            raise RunError(
+                f"checkpoint {target} cannot be written: {error}; older checkpoints are untouched"
+            ) from error
         return target
 
     def newest(self) -> tuple[Saved | None, list[str]]:
@@ -83,7 +87,9 @@ class Checkpoints:
                 damage.append(str(error))
         if damage:
             raise RunError(
-                "no whole checkpoint is left: " + "; ".join(damage) + "; restore one, or start afresh in another run.dir"
+                "no whole checkpoint is left: "
+                + "; ".join(damage)
+                + "; restore one, or start afresh in another run.dir"
             )
         return None, []
 

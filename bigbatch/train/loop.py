@@ -26,14 +26,13 @@ FREE_ON_RESUME = ("run", "eval", "checkpoint", "tracking", "parallel", "debug")
 def train(parts: Parts) -> dict[str, Any]:
     """Run to the end of the plan and return the summary, which is also written to ``run.dir/summary.json``.
 
-    A run that ``run.stop_after`` ends early has neither metrics nor a summary file yet. Goes on from the newest whole checkpoint in ``run.dir``. Raises RunError where the run cannot go on and ConfigError
-    where the directory holds another run.
+    Goes on from the newest whole checkpoint in ``run.dir``. A run that ``run.stop_after`` ends early has neither
+    metrics nor a summary file yet. Raises RunError where the run cannot go on and ConfigError where the directory
+    holds another run.
     """
     run = Path(parts.config.run.dir)
     settings = parts.config.checkpoint
-    checkpoints = Checkpoints(
-        run / "checkpoints", keep=settings.keep, best=settings.best, best_is=settings.best_is
-    )
+    checkpoints = Checkpoints(run / "checkpoints", keep=settings.keep, best=settings.best, best_is=settings.best_is)
     saved, damage = _find(parts, checkpoints)
     clock = _restore(parts, saved) if saved else Clock()
     complete = parts.runtime.agree(clock.samples >= parts.plan.samples and (run / SUMMARY).is_file())
@@ -100,8 +99,8 @@ def _guard(parts: Parts, clock: Clock, report: StepReport) -> None:
     limit = parts.config.run.nonfinite_limit
     if clock.skipped_in_a_row >= limit:
         raise RunError(
-            f"step {clock.step}: the gradient was not finite in {limit} steps in a row (run.nonfinite_limit) and the run "
-            f"was stopped; the learning rate was {report.lr:g}: lower optim.lr, lengthen the warmup or set clip.kind=norm"
+            f"step {clock.step}: the gradient was not finite in {limit} steps in a row (run.nonfinite_limit), so the run "
+            f"was stopped; at learning rate {report.lr:g}: lower optim.lr, lengthen the warmup or set clip.kind=norm"
         )
 
 
@@ -143,9 +142,7 @@ def _save(
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": _identity(parts.config),
     }
-    checkpoints.save(
-        clock.step, model=parts.model.state_dict(), optimizer=parts.optimizer.state_dict(), state=state
-    )
+    checkpoints.save(clock.step, model=parts.model.state_dict(), optimizer=parts.optimizer.state_dict(), state=state)
 
 
 def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequence[str]]:

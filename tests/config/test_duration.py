@@ -1,14 +1,21 @@
 from fractions import Fraction
 
 import pytest
-from bigbatch.config import Duration
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bigbatch.config import Duration
 
 
 @pytest.mark.parametrize(
     ("text", "value", "unit"),
-    [("10ep", 10, "ep"), ("500st", 500, "st"), ("1.2e6ex", 1_200_000, "ex"), ("50%", 50, "%"), (" .5 ep ", Fraction(1, 2), "ep")],
+    [
+        ("10ep", 10, "ep"),
+        ("500st", 500, "st"),
+        ("1.2e6ex", 1_200_000, "ex"),
+        ("50%", 50, "%"),
+        (" .5 ep ", Fraction(1, 2), "ep"),
+    ],
 )
 def test_reads_every_unit(text: str, value: Fraction, unit: str) -> None:
     assert Duration.parse(text) == Duration(Fraction(value), unit)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from bigbatch.config import ConfigError, Duration, dump_config, load_config, merge
 
 RECIPE = """

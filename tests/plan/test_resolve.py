@@ -2,10 +2,11 @@ import json
 from typing import Any
 
 import pytest
-from bigbatch.config import ConfigError, RunConfig, merge
-from bigbatch.plan import Plan, resolve
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bigbatch.config import ConfigError, RunConfig, merge
+from bigbatch.plan import Plan, resolve
 
 BASE: dict[str, Any] = {
     "duration": "10ep",
@@ -149,7 +150,11 @@ def test_bn_span() -> None:
         ({"duration": "0ep"}, 1, "duration = 0ep: the run has no step"),
         ({"decay": {"kind": "multistep", "at": ["3ep", "2ep"]}}, 1, "decay.at.*must ascend"),
         ({"decay": {"kind": "multistep", "at": ["12ep"]}}, 1, "decay.at = 12ep.*run ends at 100000"),
-        ({"decay": {"kind": "one_cycle"}, "warmup": {"kind": "gradual", "duration": "1ep"}}, 1, "one_cycle rises by itself"),
+        (
+            {"decay": {"kind": "one_cycle"}, "warmup": {"kind": "gradual", "duration": "1ep"}},
+            1,
+            "one_cycle rises by itself",
+        ),
         ({"parallel": {"expect_world_size": 8}}, 2, "parallel.expect_world_size = 8: 2 processes"),
         ({"debug": True}, 2, "debug = true: one process only, 2 were started"),
         ({"batch": {"global": 20_000}, "data": {"name": "synthetic", "last": "drop"}}, 1, "batch.global = 20000"),
@@ -171,7 +176,10 @@ def test_what_cannot_be_met_is_an_error(sections: dict[str, Any], world: int, me
         ("lr_scaled_above_32", {"scaling": {"rule": "linear", "base_batch": 4}}),
         ("scaled_without_warmup", {"scaling": {"rule": "linear", "base_batch": 64}}),
         ("flat_warmup", {"warmup": {"kind": "gradual", "duration": "1ep"}}),
-        ("linear_rule_for_adaptive", {"optim": {"name": "lamb", "lr": 1.0}, "scaling": {"rule": "linear", "base_batch": 64}}),
+        (
+            "linear_rule_for_adaptive",
+            {"optim": {"name": "lamb", "lr": 1.0}, "scaling": {"rule": "linear", "base_batch": 64}},
+        ),
         ("span_follows_micro", {"batch": {"micro": 64}}),
     ],
 )

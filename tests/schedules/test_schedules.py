@@ -1,9 +1,11 @@
 import math
+from itertools import pairwise
 
 import pytest
-from bigbatch.schedules import LrSchedule, curves, lr_scale
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bigbatch.schedules import LrSchedule, curves, lr_scale
 
 
 def test_scaling_rules() -> None:
@@ -42,8 +44,8 @@ def test_one_cycle_rises_and_falls() -> None:
     assert at[0] == pytest.approx(0.04)
     assert at[30] == pytest.approx(1.0)
     assert at[100] == pytest.approx(0.001)
-    assert all(x < y for x, y in zip(at[:30], at[1:31], strict=True))
-    assert all(x > y for x, y in zip(at[30:100], at[31:], strict=True))
+    assert all(x < y for x, y in pairwise(at[:31]))
+    assert all(x > y for x, y in pairwise(at[30:]))
 
 
 def test_warm_restarts_cycle_lengths() -> None:
@@ -94,6 +96,12 @@ def test_decay_starts_at_the_peak_when_the_warmup_ends(decay: str) -> None:
 def test_where_each_decay_counts_from(decay: str, options: dict[str, float], expected: float) -> None:
     warmup = 0 if decay == "one_cycle" else 100
     schedule = LrSchedule(
-        peak=1.0, start=0.0, warmup=warmup, total=1000, warmup_kind="gradual", decay=decay, options=options  # type: ignore[arg-type]
+        peak=1.0,
+        start=0.0,
+        warmup=warmup,
+        total=1000,
+        warmup_kind="gradual",
+        decay=decay,
+        options=options,  # type: ignore[arg-type]
     )
     assert schedule.at(200) == pytest.approx(expected)

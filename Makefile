@@ -1,0 +1,36 @@
+# Each target sets up what it needs: a virtual environment in .venv and the package with its tools in it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup test lint demo clean
+
+help:
+	@echo 'make test    lint, type check and run all tests'
+	@echo 'make demo    train digits at batch 32 and at batch 512 with LARS, and compare'
+	@echo 'make lint    ruff and mypy alone'
+	@echo 'make setup   the virtual environment alone (PYTHON=$(PYTHON), VENV=$(VENV))'
+	@echo 'make clean   remove the virtual environment, caches and demo runs'
+
+setup: $(READY)
+
+# The stamp is written last, so that an install that broke off is done again.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+test: lint
+	$(BIN)/python -m pytest
+
+demo: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+
+clean:
+	rm -rf $(VENV) runs/demo .mypy_cache .pytest_cache .ruff_cache

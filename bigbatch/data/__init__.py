@@ -1,0 +1,35 @@
+"""Datasets, the order of samples, and randomness that belongs to a sample. Names are loaded when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .augment import augment_images
+    from .loader import Batch, Loader
+    from .random import fold, hashed, uniform
+    from .sampler import Stream, order, shares
+    from .size import size_of
+    from .sources import Dataset, MemoryPart, Part, SyntheticPart, load_data
+
+_FILES = {
+    "augment": ("augment_images",),
+    "loader": ("Batch", "Loader"),
+    "random": ("fold", "hashed", "uniform"),
+    "sampler": ("Stream", "order", "shares"),
+    "size": ("size_of",),
+    "sources": ("Dataset", "MemoryPart", "Part", "SyntheticPart", "load_data"),
+}
+_HOME = {name: file for file, names in _FILES.items() for name in names}
+
+__all__ = [
+    "Batch", "Dataset", "Loader", "MemoryPart", "Part", "Stream", "SyntheticPart", "augment_images", "fold", "hashed",
+    "load_data", "order", "shares", "size_of", "uniform",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,74 @@
+"""From positions in the stream of samples to batches on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bigbatch.config.models import Augment
+
+from .augment import augment_images
+from .sampler import Stream
+from .sources import Dataset, Part
+
+Batch = dict[str, Tensor]
+
+
+class Loader:
+    """Batches of a dataset: ``image`` (B, C, H, W) of ``dtype``, (x/255 - mean)/std; ``label``, ``index`` and ``epoch``
+    int64 (B,). All on ``device``.
+
+    Raises ValueError if ``data.augment.shift`` could move an image out of its frame.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, stream: Stream, augment: Augment, seed: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        side = min(dataset.shape[1:])
+        if augment.shift >= side:
+            raise ValueError(
+                f"data.augment.shift = {augment.shift}: moves images out of sight; choose less than their {side} pixels"
+            )
+        self.dataset, self.stream, self.augment, self.seed = dataset, stream, augment, seed
+        self.device, self.dtype = device, dtype
+        # in float32 at least, so that a half-precision image is rounded once
+        self._work = torch.promote_types(dtype, torch.float32)
+        scale, shift = 1 / (255 * dataset.std), -dataset.mean / dataset.std
+        self._scale, self._shift = (t.to(device, self._work)[:, None, None] for t in (scale, shift))
+
+    def train(self, positions: range) -> Batch:
+        """The samples at ``positions`` of the stream, augmented.
+
+        An empty range gives one sample, the part's first, for a process that must take part and counts for nothing:
+        weigh it with zero.
+        """
+        if positions:
+            index, epoch = (torch.from_numpy(array) for array in self.stream.locate(positions))
+        else:
+            index = epoch = torch.zeros(1, dtype=torch.int64)
+        image, label = self.dataset.train.gather(index)
+        image = augment_images(image, config=self.augment, seed=self.seed, epoch=epoch, index=index)
+        return self._batch(image, label, index, epoch)
+
+    def evaluate(
+        self, part: Literal["train", "validation", "test"], *, rank: int, world_size: int, batch: int
+    ) -> Iterator[Batch]:
+        """This rank's share of ``part`` as it is, ``batch`` samples at a time: over the ranks every sample once.
+
+        Shares differ by at most one sample, so a rank may have a batch more than another, or none. ``epoch`` is 0.
+        """
+        data: Part = getattr(self.dataset, part)
+        start, stop = (len(data) * r // world_size for r in (rank, rank + 1))
+        for low in range(start, stop, batch):
+            index = torch.arange(low, min(low + batch, stop))
+            image, label = data.gather(index)
+            yield self._batch(image, label, index, torch.zeros_like(index))
+
+    def _batch(self, image: Tensor, label: Tensor, index: Tensor, epoch: Tensor) -> Batch:
+        parts = {"image": image, "label": label, "index": index, "epoch": epoch}
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in parts.items()}
+        batch["image"] = batch["image"].to(self._work).mul_(self._scale).add_(self._shift).to(self.dtype)
+        return batch

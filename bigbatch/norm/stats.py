@@ -1,0 +1,97 @@
+"""Running statistics: collected by every forward pass, moved once per optimiser step, merged over ranks when read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .batch import SpanBatchNorm
+from .kernel import Reduce
+
+
+class BatchStats:
+    """The running statistics of all batch norms of a model.
+
+    For an optimiser step of N samples over all ranks, with momentum ρ, and n samples in each group of mean μ (or of
+    unbiased variance μ):  running ← (1 − ρ)·running + ρ·Σ n·μ / N.  That is linear in the groups, so that each rank
+    takes in its own groups alone and `merge` sums over ranks; on one process it is nn.BatchNorm's arithmetic.
+    Between merges a rank's buffers are not yet the model's: merge before reading them, and keep
+    DistributedDataParallel from broadcasting them. A model without batch norm is fine: nothing is done or exchanged.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {name: module for name, module in model.named_modules() if isinstance(module, SpanBatchNorm)}
+
+    def empty(self, flag: bool) -> None:
+        """Whether forward passes from now on carry a dummy sample, which joins collectives and counts for nothing."""
+        for layer in self._layers.values():
+            layer.empty = flag
+
+    def commit(self, samples: int) -> None:
+        """Move the running buffers: an optimiser step of ``samples`` samples over all ranks is done.
+
+        Layers in evaluation mode are left alone. Raises ValueError where the layers saw unequal numbers of samples, or
+        more than there were.
+        """
+        layers = {name: layer for name, layer in self._layers.items() if layer.training}
+        if not layers:
+            return
+        seen = {name: layer.seen for name, layer in layers.items()}
+        if len({*seen.values()}) > 1 or any(count > samples for count in seen.values()):
+            raise ValueError(
+                f"batch norm saw {seen} samples of a step of {samples}: every layer must see every sample once; "
+                "use norm.kind=group for a model that skips or repeats layers"
+            )
+        self._move(list(layers.values()), samples)
+        self.discard()
+
+    def _move(self, layers: list[SpanBatchNorm], samples: int) -> None:
+        for layer in layers:
+            if layer.base is None:
+                layer.base, layer.decay = (layer.running_mean.clone(), layer.running_var.clone()), 1.0
+            layer.decay *= 1 - layer.momentum
+        running, pending = _running(layers), _pending(layers)
+        torch._foreach_mul_(running, [1 - layer.momentum for layer in layers] * 2)
+        torch._foreach_mul_(pending, [layer.momentum * layer.seen / samples for layer in layers] * 2)
+        torch._foreach_add_(running, pending)
+        torch._foreach_add_([layer.num_batches_tracked for layer in layers], 1)
+
+    def discard(self) -> None:
+        """Forget what was collected since the last commit, for a step that is skipped."""
+        if self._layers:
+            torch._foreach_zero_(_pending([*self._layers.values()]))
+        for layer in self._layers.values():
+            layer.seen = 0
+
+    def merge(self, reduce: Reduce, rank: int) -> None:
+        """Make the running buffers those of the model, the same on all ranks, in one collective.
+
+        ``reduce`` sums a tensor in place over all ranks. Without a commit since the last merge, or since the buffers
+        were loaded from a state_dict, nothing is exchanged or changed.
+        """
+        layers = [layer for layer in self._layers.values() if layer.base is not None]
+        if not layers:
+            return
+        running = shares = _running(layers)
+        if rank != 0:
+            # What all ranks had agreed on stands in the buffers of each, and is counted once, on rank 0.
+            agreed = torch._foreach_mul(_base(layers), [layer.decay for layer in layers] * 2)
+            shares = list(torch._foreach_sub(running, agreed))
+        flat = torch.cat(shares)
+        reduce(flat)
+        torch._foreach_copy_(running, list(flat.split_with_sizes([len(buffer) for buffer in running])))
+        for layer in layers:
+            layer.base = None
+
+
+def _running(layers: list[SpanBatchNorm]) -> list[Tensor]:
+    return [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
+
+
+def _pending(layers: list[SpanBatchNorm]) -> list[Tensor]:
+    return [layer.pending_mean for layer in layers] + [layer.pending_var for layer in layers]
+
+
+def _base(layers: list[SpanBatchNorm]) -> list[Tensor]:
+    bases = [layer.base for layer in layers if layer.base is not None]
+    return [mean for mean, _ in bases] + [var for _, var in bases]

@@ -1,0 +1,33 @@
+"""What training asks of a task."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Task(Protocol):
+    """Builds a model and judges it. A task knows nothing of processes, steps or devices.
+
+    Losses and metrics are sums with their weight and never means, so that they add up over any split of a batch.
+    """
+
+    @property
+    def weight_is_count(self) -> bool:
+        """Whether a batch's weight is its number of samples, known without looking at it."""
+
+    def build_model(self) -> nn.Module:
+        """A new model, on the CPU, initialised from torch's global generator. Raises ValueError for a wrong recipe."""
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Σ loss and Σ weight over the batch, 0-dim, in float32 (float64 for float64 inputs)."""
+
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        """The Σ weight of ``loss``, before the forward pass."""
+
+    def evaluate(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the batch, float64, 0-dim, without gradient; one of them is ``weight``."""
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics from the sums of ``evaluate``, added up over all batches."""

@@ -1,0 +1,118 @@
+"""Image classification with any timm model, or with bigbatch's own small one."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bigbatch.config.models import Classification
+
+from .resnet_small import ResNetSmall
+
+OWN = "bigbatch/resnet_small"
+
+
+class ClassificationTask:
+    """Cross entropy over K classes with label smoothing ε (Szegedy et al. 2016, arXiv:1512.00567):
+
+    ℓ = -Σₖ qₖ log pₖ, qₖ = (1 - ε)·[k = label] + ε/K.
+
+    Every sample weighs 1. Metrics: ``loss``, the mean cross entropy without smoothing, and ``accuracy``, from 0 to 1.
+    """
+
+    weight_is_count = True
+
+    def __init__(self, config: Classification, *, shape: tuple[int, int, int], classes: int) -> None:
+        self.config, self.shape, self.classes = config, shape, classes
+
+    def build_model(self) -> nn.Module:
+        """The model of ``task.model`` with ``task.options``, tried on one blank image.
+
+        Raises ValueError if the name is unknown, or if the model rejects the options or images of this shape.
+        """
+        config = self.config
+        self._check_name()
+        try:
+            model = self._build()
+        except Exception as error:
+            key, value = ("options", config.options) if config.options else ("model", config.model)
+            raise ValueError(
+                f"task.{key} = {value!r}: {config.model} cannot be built with these options for {self.shape[0]} "
+                f"channels and {self.classes} classes ({error}); change task.options"
+            ) from error
+        self._try(model)
+        return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+    def _check_name(self) -> None:
+        name = self.config.model
+        if name == OWN:
+            return
+        import timm  # slow to import, and not needed by our own model
+
+        # a tag after a dot names pretrained weights, which are not loaded
+        if not name.startswith("timm/") or "." in name or not timm.is_model(name.removeprefix("timm/")):
+            known = [OWN, *(f"timm/{other}" for other in timm.list_models())]
+            close = ", ".join(get_close_matches(name, known)) or f"{OWN} or timm/NAME"
+            raise ValueError(f"task.model = {name!r}: unknown; did you mean {close}? timm.list_models() names the rest")
+
+    def _build(self) -> nn.Module:
+        name, options = self.config.model, self.config.options
+        if name == OWN:
+            return ResNetSmall(shape=self.shape, classes=self.classes, **options)
+        import timm
+
+        channels, name = self.shape[0], name.removeprefix("timm/")
+        return timm.create_model(name, pretrained=False, in_chans=channels, num_classes=self.classes, **options)
+
+    def _try(self, model: nn.Module) -> None:
+        model.eval()
+        try:
+            with torch.no_grad():
+                logits = model(torch.zeros(1, *self.shape))
+        except Exception as error:
+            size = " × ".join(map(str, self.shape))
+            raise ValueError(
+                f"task.model = {self.config.model!r} with task.options = {self.config.options!r}: does not take images "
+                f"of {size} ({error}); choose another model, or options that fit (many take img_size)"
+            ) from error
+        model.train()
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if found != (1, self.classes):
+            raise ValueError(
+                f"task.options = {self.config.options!r}: {self.config.model} gives {found} for one image, not "
+                f"{(1, self.classes)} logits; remove the options that change its output"
+            )
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        smoothing = self.config.label_smoothing
+        logits = self._logits(model, batch)
+        return F.cross_entropy(logits, batch["label"], reduction="sum", label_smoothing=smoothing), self.weight(batch)
+
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        image = batch["image"]
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        return torch.full((), len(image), dtype=dtype, device=image.device)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums ``loss``, ``correct`` and ``weight``; the caller has put the model in the mode it wants."""
+        logits, label = self._logits(model, batch).double(), batch["label"]
+        return {
+            "loss": F.cross_entropy(logits, label, reduction="sum"),
+            "correct": (logits.argmax(1) == label).sum().double(),
+            "weight": self.weight(batch).double(),
+        }
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["weight"], "accuracy": sums["correct"] / sums["weight"]}
+
+    def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        image = batch["image"]
+        if self.config.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = model(image)
+        # a loss summed up in half precision would be off
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,55 @@
+"""Weights, gradients and rates that the optimiser tests share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SHAPES = ((2, 3, 2, 2), (), (0, 3), (3, 2), (2, 2))
+
+torch.set_num_threads(1)
+
+
+def problem(
+    steps: int, *, shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64, seed: int = 0
+):
+    """Random weights and ``steps`` lists of gradients. The last weight starts at 0, the one before has gradient 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    gradients = [[torch.randn(w.shape, generator=generator, dtype=dtype) for w in weights] for _ in range(steps)]
+    if len(weights) > 1:
+        weights[-1].zero_()
+        for gradient in gradients[::3]:
+            gradient[-2].zero_()
+    return weights, gradients
+
+
+def rates(steps: int, peak: float) -> list[float]:
+    """A warmup and a cosine, never 0, so that the rate changes at every step."""
+    return [peak * min(1.0, (t + 1) / 5) * (1.1 + math.cos(math.pi * t / steps)) / 2 for t in range(steps)]
+
+
+def train(optimizer, params: Sequence[Tensor], gradients, lrs) -> list[Tensor]:
+    """Step through the gradients at the given rates (multiplied by a group's lr_scale); returns the parameters."""
+    for lr, gradient in zip(lrs, gradients, strict=True):
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        for p, g in zip(params, gradient, strict=True):
+            p.grad = None if g is None else g.clone(memory_format=torch.preserve_format)
+        optimizer.step()
+    return list(params)
+
+
+def parameters(weights: Sequence[Tensor]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(w.clone(memory_format=torch.preserve_format)) for w in weights]
+
+
+def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-12) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=tolerance, atol=tolerance)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigbatch.optim import LARS
+from bigbatch.optim.trust import norms
+from optim.problems import assert_equal, parameters, problem, rates, train
+from reference.lars import lars as twin
+
+STEPS = 50
+MOMENTA = [
+    {"momentum": 0.0, "lr_placement": "inside"},
+    {"momentum": 0.0, "lr_placement": "outside"},
+    *({"nesterov": n, "lr_placement": "inside", "momentum_correction": c} for n, c in product((False, True), repeat=2)),
+    *({"nesterov": n, "lr_placement": "outside"} for n in (False, True)),
+]
+RATIOS = [
+    {"denominator": d, "clip_ratio": c, "weight_decay": w}
+    for d, c, w in product(("sum", "joint"), (False, True), (0.0, 0.05))
+]
+OTHERS = [
+    {"eps": 0.3},
+    {"maximize": True},
+    {"adapt": False},
+    {"adapt": False, "maximize": True, "weight_decay": 0.0},
+    {"eps": 0.3, "maximize": True, "denominator": "joint", "clip_ratio": True},
+]
+
+
+@pytest.mark.parametrize("momenta", MOMENTA, ids=str)
+@pytest.mark.parametrize("options", [*RATIOS, *({"weight_decay": 0.05} | other for other in OTHERS)], ids=str)
+def test_both_paths_equal_the_textbook_loop(options, momenta):
+    weights, gradients = problem(STEPS)
+    options = {"trust_coefficient": 0.02, **options, **momenta}
+    # clip_ratio compares λ (about 0.02) with the rate: let the schedule cross it
+    lrs = rates(STEPS, 0.04 if options.get("clip_ratio") else 0.5)
+    expected = twin(weights, gradients, lrs, **options)
+    for foreach in (False, True):
+        params = parameters(weights)
+        assert_equal(train(LARS(params, 1.0, foreach=foreach, **options), params, gradients, lrs), expected)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("clip_ratio", [False, True])
+@pytest.mark.parametrize("placement", ["inside", "outside"])
+def test_tensor_rate_equals_float_rate(placement, clip_ratio, foreach):
+    weights, gradients = problem(STEPS)
+    options = {"weight_decay": 0.05, "lr_placement": placement, "nesterov": True, "clip_ratio": clip_ratio}
+    results = []
+    for lr in (1.0, torch.tensor(1.0, dtype=torch.float64)):
+        params = parameters(weights)
+        results.append(train(LARS(params, lr, foreach=foreach, **options), params, gradients, rates(STEPS, 0.5)))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("placement", ["inside", "outside"])
+def test_ratio_one_is_sgd_at_a_constant_rate(placement, nesterov):
+    weights, gradients = problem(STEPS)
+    options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.05}
+    ours, theirs = parameters(weights), parameters(weights)
+    train(LARS(ours, 0.1, adapt=False, lr_placement=placement, **options), ours, gradients, [0.1] * STEPS)
+    train(torch.optim.SGD(theirs, 0.1, **options), theirs, gradients, [0.1] * STEPS)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_ratio_one_outside_is_sgd_at_any_rates(nesterov):
+    weights, gradients = problem(STEPS)
+    options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.05}
+    ours, theirs = parameters(weights), parameters(weights)
+    train(LARS(ours, 0.1, adapt=False, lr_placement="outside", **options), ours, gradients, rates(STEPS, 0.2))
+    train(torch.optim.SGD(theirs, 0.1, **options), theirs, gradients, rates(STEPS, 0.2))
+    assert_equal(ours, theirs)
+
+
+def test_rate_at_the_cap_everywhere_is_sgd():
+    """With λ far above the scheduled rate, LARC is plain SGD."""
+    weights, gradients = problem(STEPS)
+    ours, theirs = parameters(weights), parameters(weights)
+    train(LARS(ours, 0.1, trust_coefficient=1e9, clip_ratio=True, weight_decay=0.05), ours, gradients, [0.01] * STEPS)
+    train(torch.optim.SGD(theirs, 0.1, momentum=0.9, weight_decay=0.05), theirs, gradients, [0.01] * STEPS)
+    assert_equal(ours, theirs)
+
+
+def test_zero_rate_is_safe_and_momentum_is_kept_through_it_by_the_correction():
+    weights, gradients = problem(12)
+    lrs = [0.0, 0.0, 0.1, 0.2, 0.0, 0.3, 0.0, 0.1, 0.1, 0.1, 0.0, 0.1]
+    results = {}
+    for name, options in {
+        "inside": {},
+        "corrected": {"momentum_correction": True},
+        "clipped": {"momentum_correction": True, "clip_ratio": True},
+        "outside": {"lr_placement": "outside"},
+    }.items():
+        params = parameters(weights)
+        results[name] = train(LARS(params, 0.0, weight_decay=0.05, **options), params, gradients, lrs)
+        assert all(p.isfinite().all() for p in params)
+    assert_equal(results["corrected"], results["outside"], 0)
+
+
+def test_weight_decay_zero_still_adapts():
+    w, g = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.8])
+    p = torch.nn.Parameter(w.clone())
+    train(LARS([p], 2.0, weight_decay=0.0), [p], [[g]], [2.0])
+    torch.testing.assert_close(p.detach(), w - 2.0 * 0.001 * 5.0 / 1.0 * g)
+
+
+@pytest.mark.parametrize("w, g", [([0.0, 0.0], [3.0, 4.0]), ([3.0, 4.0], [0.0, 0.0])])
+@pytest.mark.parametrize("options", [{}, {"clip_ratio": True}, {"denominator": "joint"}])
+def test_zero_norm_means_ratio_one(w, g, options):
+    p = torch.nn.Parameter(torch.tensor(w))
+    train(LARS([p], 0.1, weight_decay=0.5, **options), [p], [[torch.tensor(g)]], [0.1])
+    torch.testing.assert_close(p.detach(), torch.tensor(w) - 0.1 * (torch.tensor(g) + 0.5 * torch.tensor(w)))
+
+
+def test_gradient_that_cancels_the_decay_moves_nothing():
+    p = torch.nn.Parameter(torch.tensor([2.0, -4.0]))
+    train(LARS([p], 0.1, weight_decay=0.5, denominator="joint"), [p], [[-0.5 * p.detach()]], [0.1])
+    assert p.tolist() == [2.0, -4.0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    c=st.floats(1e-6, 1e6),
+    seed=st.integers(0, 1000),
+    placement=st.sampled_from(["inside", "outside"]),
+    denominator=st.sampled_from(["sum", "joint"]),
+)
+def test_scale_of_the_gradient_does_not_matter_without_decay(c, seed, placement, denominator):
+    """g → c·g leaves η‖w‖/‖g‖ · g, hence the update, unchanged, where no norm is 0."""
+    weights, gradients = problem(5, seed=seed)
+    weights[-1].add_(1.0)
+    for gradient in gradients:
+        gradient[-2].add_(1.0)
+    options = {"lr_placement": placement, "denominator": denominator}
+    plain, scaled = parameters(weights), parameters(weights)
+    train(LARS(plain, 1.0, **options), plain, gradients, [100.0] * 5)
+    train(LARS(scaled, 1.0, **options), scaled, [[c * g for g in gradient] for gradient in gradients], [100.0] * 5)
+    assert_equal(plain, scaled, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_norms_are_float32_or_float64(dtype):
+    """√3 needs more digits than bfloat16 has, and 4096 times 2000 has a norm outside float16's range."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    found = norms([torch.ones(3, dtype=dtype), torch.full((4096,), 2000, dtype=dtype), torch.ones(0, 2, dtype=dtype)])
+    expected = torch.tensor([3**0.5, 128000.0, 0.0], dtype=wide)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"nesterov": True, "momentum": 0.0}, "nesterov = True"),
+        ({"momentum_correction": True, "momentum": 0.0}, "momentum_correction = True"),
+        ({"momentum_correction": True, "lr_placement": "outside"}, "momentum_correction = True"),
+        ({"lr_placement": "between"}, "lr_placement = 'between'"),
+        ({"denominator": "product"}, "denominator = 'product'"),
+        ({"momentum": 1.0}, "momentum = 1.0"),
+        ({"trust_coefficient": 0.0}, "trust_coefficient = 0.0"),
+        ({"weight_decay": -1.0}, "weight_decay = -1.0"),
+        ({"eps": float("nan")}, "eps = nan"),
+        ({"lr": -0.1}, "lr = -0.1"),
+        ({"lr": torch.ones(1)}, "lr = tensor of shape"),
+    ],
+)
+def test_illegal_options_are_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        LARS(parameters([torch.ones(2)]), **{"lr": 0.1, **options})
+    with pytest.raises(ValueError, match=named):
+        optimizer = LARS(parameters([torch.ones(2)]), 0.1)
+        optimizer.add_param_group({"params": parameters([torch.ones(2)]), **options})
+    assert len(optimizer.param_groups) == 1

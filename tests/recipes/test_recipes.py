@@ -1,0 +1,63 @@
+"""Every recipe in configs/ plans, and its plan is the one on file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bigbatch.config import load_config
+from bigbatch.plan import Plan, resolve
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "base.yaml")
+SIZES = {"digits": 1085, "fashion_mnist": 55_000, "imagenet": 1_281_167}
+WORLD = {"digits": 2, "fashion_mnist": 2, "imagenet": 256}
+IDS = [str(p.relative_to(ROOT / "configs")) for p in RECIPES]
+
+
+def plan_of(path: Path) -> Plan:
+    kind = path.parent.name
+    return resolve(load_config(path), world_size=WORLD[kind], dataset_size=SIZES[kind])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=IDS)
+def test_plan_is_golden(path: Path) -> None:
+    file = GOLDEN / path.parent.name / f"{path.stem}.json"
+    text = plan_of(path).to_json() + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    assert file.exists(), f"no golden plan for {path.name}; write it with UPDATE_GOLDEN=1 and read it"
+    assert json.loads(text) == json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=IDS)
+def test_header_has_command_and_receipt(path: Path) -> None:
+    header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    assert f"configs/{path.parent.name}/{path.name}" in header, "the header gives the command"
+    assert "test accuracy" in header or "Not run at this scale" in header, "the header gives the metric, or says not run"
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == "digits"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("duration", ["2ep", "500ex", "3st"])
+def test_digits_recipes_can_be_shortened(path: Path, duration: str) -> None:
+    config = load_config(path, [f"duration={duration}"])
+    assert resolve(config, world_size=1, dataset_size=SIZES["digits"]).steps >= 1
+
+
+def test_plan_verb_prints_goyal_quickly_without_torch() -> None:
+    code = (
+        "import sys; from bigbatch.cli import main;"
+        "code = main(['plan', 'configs/imagenet/goyal2017_resnet50.yaml', '--world-size', '256', '--json']);"
+        "heavy = {'torch', 'numpy', 'sklearn', 'accelerate', 'rich'} & set(sys.modules);"
+        "print(sorted(heavy), file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    plan = json.loads(done.stdout)
+    assert (plan["global_batch"], plan["micro_batch"], plan["accumulation"]) == (8192, 32, 1)
+    assert (plan["lr_peak"], plan["lr_base"], plan["lr_scale"]) == (pytest.approx(3.2), 0.1, 32)
+    assert (plan["warmup_samples"], plan["warmup_steps"], plan["schedule"]["start"]) == (6_405_835, 782, 0.1)

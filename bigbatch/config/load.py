@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
     """YAML where ``off`` is a word and ``1e-1`` a number, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         repeated = {str(key) for key in keys if keys.count(key) > 1}
         if repeated:
             raise ConfigError(
@@ -76,9 +76,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        renamed = both and any(tag in value and tag in old and value[tag] != old[tag] for tag in ("name", "kind"))
-        result[key] = merge(old, value) if both and not renamed else value  # type: ignore[arg-type]
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            renamed = any(tag in value and tag in old and value[tag] != old[tag] for tag in ("name", "kind"))
+            value = value if renamed else merge(old, value)
+        result[key] = value
     return result
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,10 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=AUTOCAST[self.precision])
 
+    def first_on_this_machine(self) -> AbstractContextManager[Any]:
+        """One process of each machine runs the block before its others do, which find what it left (a download)."""
+        return self._accelerator.local_main_process_first()  # type: ignore[no-any-return]
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model under DistributedDataParallel, or as it is on one process."""
         with warnings.catch_warnings():
@@ -80,11 +84,12 @@ class Runtime:
 
         Every process must call it, with the same count, which must divide the world size.
         """
-        mine = None
+        mine: dist.ProcessGroup | None = None
         for first in range(0, self.world_size, count):
-            group = dist.new_group(range(first, first + count))
-            if first <= self.rank < first + count:
-                mine = group
+            block = list(range(first, first + count))
+            group = dist.new_group(block)
+            if self.rank in block:
+                mine = cast(dist.ProcessGroup, group)  # only outsiders of a group get something else
 
         def reduce(tensor: Tensor) -> None:
             dist.all_reduce(tensor, group=mine)

@@ -23,7 +23,7 @@ def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
         yield (
             "lars_without_decay",
             (
-                "optim.weight_decay is 0: LARS was made with decay, which bounds the weight norm its trust ratio follows; "
+                "optim.weight_decay is 0: LARS counts on decay to bound the weight norm that its trust ratio follows; "
                 "1e-4 to 5e-4 is usual (arXiv:1708.03888)"
             ),
         )

@@ -14,6 +14,10 @@ class Task(Protocol):
     """
 
     @property
+    def sums(self) -> tuple[str, ...]:
+        """Names of the sums that ``evaluate`` gives."""
+
+    @property
     def weight_is_count(self) -> bool:
         """Whether a batch's weight is its number of samples, known without looking at it."""
 
@@ -27,7 +31,7 @@ class Task(Protocol):
         """The Σ weight of ``loss``, before the forward pass."""
 
     def evaluate(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over the batch, float64, 0-dim, without gradient; one of them is ``weight``."""
+        """Sums over the batch, float64, 0-dim, without gradient, under the names of ``sums``."""
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics from the sums of ``evaluate``, added up over all batches."""

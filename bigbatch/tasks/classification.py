@@ -23,6 +23,7 @@ class ClassificationTask:
     Every sample weighs 1. Metrics: ``loss``, the mean cross entropy without smoothing, and ``accuracy``, from 0 to 1.
     """
 
+    sums = ("loss", "correct", "weight")
     weight_is_count = True
 
     def __init__(self, config: Classification, *, shape: tuple[int, int, int], classes: int) -> None:
@@ -98,7 +99,7 @@ class ClassificationTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums ``loss``, ``correct`` and ``weight``; the caller has put the model in the mode it wants."""
+        """Loss, correct answers and weight; the caller has put the model in the mode it wants."""
         logits, label = self._logits(model, batch).double(), batch["label"]
         return {
             "loss": F.cross_entropy(logits, label, reduction="sum"),

@@ -40,8 +40,8 @@ class ResNetSmall(nn.Module):
     """Conv 3×3 → norm → ReLU, ``blocks`` residual blocks for each of ``widths``, global average pool, linear head.
 
     Every width after the first halves the resolution. ``stem_stride`` "auto" is 1 for images smaller than 16 pixels and
-    2 otherwise. Convolutions start as He et al. 2015 (arXiv:1502.01852, fan-out), the head as N(0, 0.01²) with bias 0
-    (Goyal et al. 2017). No bias stands before a norm. (B, C, H, W) → logits (B, classes).
+    2 otherwise. Convolutions start as He et al. 2015 (arXiv:1502.01852, fan-out), the head as N(0, 1/fan-in) with
+    bias 0. No bias stands before a norm. (B, C, H, W) → logits (B, classes).
 
     Raises ValueError for options that make no network.
     """

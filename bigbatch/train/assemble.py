@@ -22,7 +22,8 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     Raises ValueError for what only the data or the model can tell is wrong: a missing file, an unknown model, a group
     rule that matches nothing.
     """
-    data = load_data(config.data, seed=config.seed)
+    with runtime.first_on_this_machine():
+        data = load_data(config.data, seed=config.seed)
     _check_size(data, plan)
     task = build_task(config.task, shape=data.shape, classes=data.classes)
 

@@ -20,15 +20,15 @@ def evaluate(parts: Parts, split: Split) -> dict[str, float]:
     runtime = parts.runtime
     parts.stats.merge(runtime.sum, runtime.rank)
     parts.model.eval()
-    sums: dict[str, torch.Tensor] = {}
+    # Named by the task, so that a process whose share is empty takes part in the sum.
+    total = torch.zeros(len(parts.task.sums), dtype=torch.float64, device=runtime.device)
     batches = parts.loader.evaluate(
         split, rank=runtime.rank, world_size=runtime.world_size, batch=parts.config.eval.batch
     )
     with torch.no_grad(), runtime.autocast():
         for batch in batches:
-            for name, value in parts.task.evaluate(parts.model, batch).items():
-                sums[name] = sums.get(name, 0) + value
+            sums = parts.task.evaluate(parts.model, batch)
+            total += torch.stack([sums[name] for name in parts.task.sums])
     parts.model.train()
-    total = torch.stack([sums[name] for name in sorted(sums)])
     runtime.sum(total)
-    return parts.task.metrics(dict(zip(sorted(sums), total.tolist(), strict=True)))
+    return parts.task.metrics(dict(zip(parts.task.sums, total.tolist(), strict=True)))

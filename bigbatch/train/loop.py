@@ -99,8 +99,8 @@ def _guard(parts: Parts, clock: Clock, report: StepReport) -> None:
     limit = parts.config.run.nonfinite_limit
     if clock.skipped_in_a_row >= limit:
         raise RunError(
-            f"step {clock.step}: the gradient was not finite in {limit} steps in a row (run.nonfinite_limit), so the run "
-            f"was stopped; at learning rate {report.lr:g}: lower optim.lr, lengthen the warmup or set clip.kind=norm"
+            f"step {clock.step}: the gradient was not finite in {limit} steps in a row (run.nonfinite_limit): "
+            f"stopped at learning rate {report.lr:g}: lower optim.lr, lengthen the warmup or set clip.kind=norm"
         )
 
 

@@ -41,7 +41,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
                 loss, _ = task.loss(parts.wrapped, batch)
             if not piece:
                 loss = loss * 0
-            (loss * factor).backward()
+            torch.autograd.backward(loss * factor)
         total += loss.detach()
 
     if parts.scale:

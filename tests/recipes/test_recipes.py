@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from bigbatch.config import load_config
 from bigbatch.plan import Plan, resolve
 
@@ -38,7 +39,9 @@ def test_plan_is_golden(path: Path) -> None:
 def test_header_has_command_and_receipt(path: Path) -> None:
     header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
     assert f"configs/{path.parent.name}/{path.name}" in header, "the header gives the command"
-    assert "test accuracy" in header or "Not run at this scale" in header, "the header gives the metric, or says not run"
+    assert "test accuracy" in header or "Not run at this scale" in header, (
+        "the header gives the metric, or says not run"
+    )
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == "digits"], ids=lambda p: p.stem)

@@ -4,6 +4,7 @@ import gzip
 from pathlib import Path
 
 import pytest
+
 from bigbatch.cli import main
 from runs.command import bigbatch
 

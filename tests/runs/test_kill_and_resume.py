@@ -1,13 +1,13 @@
 """A run that is killed in the middle of an epoch and started again ends bit for bit as one that was not."""
 
 import json
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+
 from bigbatch.cli import main
 from runs.command import ROOT, bigbatch, command, environment, events, summary, untimed
 
@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Path:
 def kill_after(step: int, arguments: list[str], run: Path, *, processes: int) -> None:
     """Start the run, and kill every process of it at once when its metrics show ``step``."""
     child = subprocess.Popen(
-        command(*arguments, processes=processes), cwd=ROOT, env=environment(), start_new_session=True,
+        command(*arguments, processes=processes), cwd=ROOT, env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -48,8 +48,11 @@ def kill_after(step: int, arguments: list[str], run: Path, *, processes: int) ->
             break
         time.sleep(0.002)
     assert child.poll() is None, "the run ended before it could be killed"
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    # torchrun's workers have sessions of their own and would train on without it.
+    tree = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
+    for process in tree:
+        process.kill()
+    psutil.wait_procs(tree)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -168,4 +171,8 @@ def test_everything_loads_without_executing_code(recipe: Path, tmp_path: Path) -
     assert weights["head.weight"].shape == (10, 16)
     state = torch.load(newest / "optimizer.pt", weights_only=True)
     assert state["param_groups"][0]["momentum"] == 0.9
-    assert set(json.loads((newest / "manifest.json").read_text())) == {"model.safetensors", "optimizer.pt", "state.json"}
+    assert set(json.loads((newest / "manifest.json").read_text())) == {
+        "model.safetensors",
+        "optimizer.pt",
+        "state.json",
+    }

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from bigbatch.cli import main
 from runs.command import bigbatch, events, summary
 

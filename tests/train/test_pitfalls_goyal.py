@@ -1,12 +1,15 @@
-"""Goyal et al. 2017 (arXiv:1706.02677) list what goes wrong when SGD is distributed. The pitfalls of a whole step;
-those of the optimiser stand in tests/optim, those of batch norm in tests/norm."""
+"""Goyal et al. 2017 (arXiv:1706.02677), section 3, lists what goes wrong when SGD is distributed.
+
+The remarks on a whole step; those on the optimiser stand in tests/optim, those on batch norm in tests/norm.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch.nn.functional import cross_entropy
+
+from ranks import run_ranks
 from train.assembled import assembled, gradients
 
 
@@ -23,14 +26,18 @@ def one_step(rank: int, micro: int) -> tuple[dict[str, torch.Tensor], list[int],
     config = RunConfig.model_validate(merge(BASE, {"batch": {"global": 96, "micro": micro}, "norm": group}))
     parts = assemble(config, resolve(config, world_size=2, dataset_size=1085), Runtime(precision="fp64"))
     report = train_step(parts, samples=960, want_loss=True)
-    seen = [int(i) for piece in my_pieces(parts, 96) for i in parts.loader.stream.locate(range(960 + piece.start, 960 + piece.stop))[0]]
+    seen = [
+        int(i)
+        for piece in my_pieces(parts, 96)
+        for i in parts.loader.stream.locate(range(960 + piece.start, 960 + piece.stop))[0]
+    ]
     assert report.loss is not None
     return gradients(parts), seen, report.loss
 
 
 @pytest.mark.parametrize("micro", [48, 16])
 def test_loss_is_normalised_by_the_global_batch_not_per_worker(micro: int, tmp_path: Path) -> None:
-    """Pitfall 3: all-reduce sums, so a per-worker mean must be divided by the number of workers too."""
+    """Remark 3: all-reduce sums, so a per-worker mean must be divided by the number of workers too."""
     whole = assembled(norm={"kind": "group", "groups": 2})
     batch = whole.loader.train(range(960, 1056))
     loss = cross_entropy(whole.model(batch["image"]), batch["label"])
@@ -42,11 +49,11 @@ def test_loss_is_normalised_by_the_global_batch_not_per_worker(micro: int, tmp_p
 
 
 def test_workers_share_one_shuffle_per_epoch() -> None:
-    """Section 2.3, data shuffling: one random order, cut over the workers; each sample once per epoch."""
+    """Remark 4, data shuffling: one random order, cut over the workers; each sample once per epoch."""
     (_, first, _), (_, second, _) = run_ranks(2, one_step, 16)
     assert not set(first) & set(second)
     whole = assembled()
-    index, epoch = whole.loader.stream.locate(range(960, 1056))
+    index, _ = whole.loader.stream.locate(range(960, 1056))
     assert sorted(first + second) == sorted(int(i) for i in index)
     every, _ = whole.loader.stream.locate(range(1085))
     assert sorted(int(i) for i in every) == list(range(1085))

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+
 from bigbatch.cli import main
 from bigbatch.train import train_step
-from torch.nn.functional import cross_entropy
 from train.assembled import assembled, gradients
 
 GROUP = {"kind": "group", "groups": 2}
@@ -69,9 +70,7 @@ def test_clipping_is_once_per_update() -> None:
 def test_the_rate_is_the_plans() -> None:
     parts = assembled(warmup={"kind": "gradual", "duration": "50%", "start": "zero"})
     groups = [{"match": "bias_and_norm", "lr_scale": 0.5}, {"match": "rest"}]
-    halves = assembled(
-        optim={"groups": groups}, warmup={"kind": "gradual", "duration": "50%", "start": "zero"}
-    )
+    halves = assembled(optim={"groups": groups}, warmup={"kind": "gradual", "duration": "50%", "start": "zero"})
     for run in (parts, halves):
         report = train_step(run, samples=192, want_loss=False)
         assert report.lr == run.plan.lr(192) > 0

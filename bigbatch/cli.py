@@ -165,12 +165,12 @@ def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
     from bigbatch.dist import Runtime
     from bigbatch.train import assemble
 
-    parallel = config.parallel
-    with Runtime(precision=config.precision, timeout=parallel.timeout, debug=config.debug) as runtime:
-        try:
-            parts = assemble(config, plan, runtime)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        runtime = Runtime(precision=config.precision, timeout=config.parallel.timeout, debug=config.debug)
+        parts = assemble(config, plan, runtime)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    with runtime:
         yield parts
 
 

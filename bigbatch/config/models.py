@@ -64,7 +64,7 @@ class LARS(_Optim):
     trust_coefficient: PositiveFloat = Field(0.001, description="η of You et al. 2017 (arXiv:1708.03888).")
     eps: Rate = 0.0
     lr_placement: Literal["inside", "outside"] = Field("inside", description="LR within the momentum buffer, or after.")
-    momentum_correction: bool = Field(False, description="Goyal et al. 2017, section 3, remark 2; needs lr_placement inside.")
+    momentum_correction: bool = Field(False, description="Goyal et al. 2017, remark 2; needs lr_placement inside.")
     denominator: Literal["sum", "joint"] = Field("sum", description="‖g‖+λ‖w‖ (paper) or ‖g+λw‖.")
     clip_ratio: bool = Field(False, description="LARC: layer rate never above the scheduled one.")
 

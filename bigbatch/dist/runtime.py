@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
@@ -24,7 +24,8 @@ class Runtime:
     """One process of a run: who it is, where it computes, and how it sums with the others.
 
     Only the model is given to Accelerate; schedule, optimiser, sampler and accumulation are bigbatch's own, since
-    Accelerate's step the schedule once per process and average micro batches of unequal size.
+    Accelerate's step the schedule once per process and average micro batches of unequal size. Raises ValueError where
+    a launcher has set up something else than data-parallel processes, or another number of them than it asked for.
     """
 
     def __init__(self, *, precision: Precision = "fp32", timeout: float = 1800.0, debug: bool = False) -> None:
@@ -44,7 +45,14 @@ class Runtime:
         self.device: torch.device = self._accelerator.device
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if asked != self.world_size:
-            raise RuntimeError(f"{asked} processes were asked for (WORLD_SIZE) and {self.world_size} are running")
+            raise ValueError(
+                f"WORLD_SIZE = {asked}: so many processes were asked for and {self.world_size} run; start with torchrun"
+            )
+        kind = self._accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise ValueError(
+                f"parallel.strategy = ddp: the launcher is configured for {kind.value}; use a configuration without it"
+            )
         if debug:
             torch.use_deterministic_algorithms(True)
             torch.autograd.set_detect_anomaly(True)

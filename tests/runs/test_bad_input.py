@@ -53,6 +53,7 @@ CASES = {
         ["norm.span", "64"],
     ),
     "shift out of the frame": (["data.augment.shift=8"], ["data.augment.shift", "8"]),
+    "run directory in a file": (["run.dir=/dev/null/run"], ["run.dir", "/dev/null/run", "another directory"]),
     "wrong size": (["data.size=1000"], ["data.size", "1000"]),
     "groups do not divide": (["norm={kind: group, groups: 5}"], ["norm.groups", "5"]),
 }
@@ -66,7 +67,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def refuse(arguments: list[str], words: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["train", *arguments, f"run.dir={run}", "tracking.console=none"])
+    code = main(["train", f"{arguments[0]}", f"run.dir={run}", "tracking.console=none", *arguments[1:]])
     message = capsys.readouterr().err
     assert code == 2
     assert message.count("\n") == 1, message

@@ -49,10 +49,11 @@ def kill_after(step: int, arguments: list[str], run: Path, *, processes: int) ->
         time.sleep(0.002)
     assert child.poll() is None, "the run ended before it could be killed"
     # torchrun's workers have sessions of their own and would train on without it.
-    tree = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
-    for process in tree:
+    workers = psutil.Process(child.pid).children(recursive=True)
+    for process in [*workers, child]:
         process.kill()
-    psutil.wait_procs(tree)
+    child.wait()
+    psutil.wait_procs(workers)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -85,13 +86,16 @@ def steps_of(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").iterdir())
 
 
-def test_stop_and_go_on_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
+def test_stop_and_go_on_is_the_same_run(recipe: Path, tmp_path: Path, precision: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(recipe, whole, "duration=3ep") == 0
-    assert train(recipe, parts, "duration=3ep", "run.stop_after=10st") == 0
+    overrides = ("duration=2ep", f"precision={precision}", "batch.micro=96")
+    assert train(recipe, whole, *overrides) == 0
+    assert train(recipe, parts, *overrides, "run.stop_after=10st") == 0
     assert not (parts / "summary.json").exists()
-    assert train(recipe, parts, "duration=3ep") == 0
+    assert train(recipe, parts, *overrides) == 0
     assert summary(parts)["parameters_sha256"] == summary(whole)["parameters_sha256"]
+    assert [untimed(e) for e in events(parts, "step")] == [untimed(e) for e in events(whole, "step")]
 
 
 def test_a_complete_run_is_left_alone(recipe: Path, tmp_path: Path) -> None:
@@ -131,7 +135,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     said = capfd.readouterr()
     assert "00000010" in said.out + said.err and "damaged" in said.out + said.err
     assert events(run, "resume")[0]["step"] == 5
-    assert events(run, "warning")[0]["code"] == "damaged_checkpoint"
+    assert "damaged_checkpoint" in {e["code"] for e in events(run, "warning")}
     assert summary(run)["parameters_sha256"] == summary(whole)["parameters_sha256"]
 
 

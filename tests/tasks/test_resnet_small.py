@@ -87,7 +87,7 @@ def test_initial_weights():
         fan_out = conv.out_channels * conv.kernel_size[0] ** 2
         n = conv.weight.numel()
         assert abs(conv.weight.std() / math.sqrt(2 / fan_out) - 1) < 4 / math.sqrt(2 * n)
-    assert abs(model.head.weight.std() / 0.01 - 1) < 4 / math.sqrt(2 * model.head.weight.numel())
+    assert abs(model.head.weight.std() * model.head.in_features**0.5 - 1) < 4 / math.sqrt(2 * model.head.weight.numel())
     assert not model.head.bias.any()
 
 

@@ -15,9 +15,9 @@ help:
 
 setup: $(READY)
 
-# The stamp is written last, so that an install that broke off is done again.
+# The stamp is written last, so that an install that broke off is done again; an environment that works is kept.
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || (set -x; $(PYTHON) -m venv --clear $(VENV))
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	@touch $@
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("run", "global batch", "optimiser", "peak rate", "processes", "steps", "epochs", "seconds", "test accuracy")
+COLUMNS = ("run", "global batch", "optimiser", "processes", "steps", "epochs", "seconds", "test accuracy")
 
 
 def row(run: Path) -> tuple[str, ...]:
@@ -22,7 +23,6 @@ def row(run: Path) -> tuple[str, ...]:
         run.name,
         f"{plan['global_batch']:,}",
         config["optim"]["name"],
-        f"{plan['lr_peak']:.4g}",
         str(summary["world_size"]),
         f"{summary['steps']:,}",
         f"{plan['epochs']:.4g}",
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: compare.py RUN_DIR ...", file=sys.stderr)
         return 2
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if number in (0, 2) else "right")
     try:
@@ -45,8 +45,9 @@ def main(arguments: list[str]) -> int:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
     console = Console()
-    # Where there is no terminal nobody needs lines cut at its width.
-    console.print(table, width=None if console.is_terminal else 120)
+    if not console.is_terminal:
+        console.width = 120  # where there is no terminal, nobody needs lines cut at its width
+    console.print(table)
     return 0
 
 

@@ -77,7 +77,7 @@ def _main(connection: Connection, rank: int, world: int, port: int, function: Ca
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
-        # Plain pickle copies a tensor's bytes; torch's own would leave them in shared memory that ends with this process.
+        # Plain pickle copies a tensor's bytes; multiprocessing's leaves them in memory that ends with this process.
         answer = pickle.dumps(("ok", function(rank, *args)))
         if dist.is_initialized():
             dist.barrier()

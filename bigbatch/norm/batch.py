@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .kernel import Reduce, normalise
 
 # Below so many values a channel and image, statistics image by image cost more than a loop or a copy.
-FEWEST_VALUES = 4
+FEWEST_VALUES = 16
 
 
 class SpanBatchNorm(_BatchNorm):
@@ -56,8 +56,9 @@ class SpanBatchNorm(_BatchNorm):
         self.seen = 0
         self.register_buffer("pending_mean", torch.zeros_like(self.running_mean), persistent=False)
         self.register_buffer("pending_var", torch.zeros_like(self.running_var), persistent=False)
-        # The running buffers when all ranks last agreed on them, and the share of those still in them.
-        self.base: tuple[Tensor, Tensor] | None = None
+        # The running mean and variance that all ranks last agreed on, None if they still do, and the share of those
+        # that is still in the running buffers.
+        self.base: Tensor | None = None
         self.decay = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class SpanBatchNorm(_BatchNorm):
         groups = max(1, samples // span)
         values = x[0, 0].numel()
         if groups == 1:
-            # A view with a version counter of its own, since backward does not care about these buffers' values.
+            # Views with version counters of their own: backward does not read these buffers, which others change.
             mean, var = self.pending_mean.data, self.pending_var.data
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, self._share(samples), self.eps)
         if span * values == 1:

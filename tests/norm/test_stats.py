@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from bigbatch.norm import BatchStats, SpanBatchNorm
 from reference.batch_norm import batch_norm
-from torch import Tensor, nn
 
 torch.set_num_threads(1)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from ranks import run_ranks
 from reference.batch_norm import batch_norm
-from torch import Tensor, nn
 
 SHAPES = {"flat": (4,), "image": (4, 3, 2)}
 
@@ -31,6 +32,7 @@ def window(shape: tuple[int, ...], step: int, n: int) -> tuple[Tensor, Tensor]:
 def on_rank(rank: int, block: int, sizes: list[list[int]], shape: tuple[int, ...], memory_format: str):
     """Micro-steps of one optimiser step; outputs, input gradients, summed parameter gradients, running statistics."""
     import torch.distributed as dist
+
     from bigbatch.norm import BatchStats, SpanBatchNorm
 
     world, calls = dist.get_world_size(), 0
@@ -55,10 +57,9 @@ def on_rank(rank: int, block: int, sizes: list[list[int]], shape: tuple[int, ...
         x.requires_grad_()
         y = model(x)
         assert y.stride() == x.stride()
-        loss = (y * weights[mine]).sum()
-        (loss if counts[rank] else loss * 0).backward()
+        (y * weights[mine]).sum().backward()
         if not counts[rank]:
-            assert not x.grad.any() and all(p.grad.isfinite().all() for p in model.parameters())
+            assert not y.any() and not x.grad.any()
         outputs.append((y.detach()[: counts[rank]], x.grad[: counts[rank]]))
     assert calls == 2 * 2 * len(sizes)
     for parameter in model.parameters():
@@ -120,6 +121,7 @@ def test_ranks_equal_one_process(world: int, block: int, sizes, shape: str, memo
 
 def large_mean(rank: int):
     import torch.distributed as dist
+
     from bigbatch.norm import SpanBatchNorm
 
     ours = SpanBatchNorm(2, span=64, affine=False, reduce=dist.all_reduce)
@@ -133,16 +135,3 @@ def test_large_mean_does_not_cancel_in_float32() -> None:
     y, _, expected = batch_norm(x.float().double(), torch.ones(2).double(), torch.zeros(2).double(), span=64, eps=1e-5)
     torch.testing.assert_close(var.double(), expected, rtol=1e-4, atol=0)
     assert (torch.cat([first, second]) - y).abs().max() < 1e-3
-
-
-def fails(rank: int) -> None:
-    import torch.distributed as dist
-
-    if rank == 1:
-        raise KeyError("the second rank's own mistake")
-    dist.barrier()
-
-
-def test_run_ranks_raises_a_ranks_error_with_its_traceback() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)rank 1:.*in fails.*KeyError: \"the second rank's own mistake\""):
-        run_ranks(2, fails)

@@ -28,6 +28,6 @@ def adaptive(weights: list[Tensor], gradients: list[Tensor], limit: float, *, ep
         return g * bound / norm if norm > bound else g
 
     return [
-        clip(w, g) if g.dim() <= 1 else torch.stack([clip(a, b) for a, b in zip(w, g, strict=True)])
+        clip(w, g) if g.dim() <= 1 or not len(g) else torch.stack([clip(a, b) for a, b in zip(w, g, strict=True)])
         for w, g in zip(weights, gradients, strict=True)
     ]

@@ -107,13 +107,18 @@ def make_plan(config: RunConfig, *, world_size: int) -> Plan:
 
 def show_plan(plan: Plan) -> None:
     """The plan as a table: what, value, why, source."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("what", "value", "why", "source", title=f"plan for {plan.world_size} processes", title_justify="left")
+    title = f"plan for {plan.world_size} processes"
+    table = Table("what", "value", "why", "source", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for decision in plan.decisions:
         table.add_row(decision.what, decision.value, decision.why, decision.source)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has no width to fit into
+    console.print(table)
 
 
 def _train(args: argparse.Namespace) -> int:

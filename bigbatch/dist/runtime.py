@@ -54,6 +54,7 @@ class Runtime:
                 f"parallel.strategy = ddp: the launcher is configured for {kind.value}; use a configuration without it"
             )
         if debug:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
             torch.autograd.set_detect_anomaly(True)
 

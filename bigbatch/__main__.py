@@ -1,7 +1,5 @@
 """``python -m bigbatch`` is the ``bigbatch`` command, which launchers need as a module."""
 
-import sys
+from bigbatch.cli import entry
 
-from bigbatch.cli import main
-
-sys.exit(main())
+entry()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from bigbatch.config import ConfigError, RunConfig, load_config
 from bigbatch.plan import Plan
@@ -34,6 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (`| head`) has gone; Python would complain again while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+
+
+def entry() -> NoReturn:
+    """The command as a process."""
+    code = main()
+    if _world_size() > 1:
+        # gloo's threads outlive their process group, and one that wants the interpreter while it shuts down aborts a
+        # run that is complete. So all that a shutdown does is done here, but for the shutdown.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,7 +215,3 @@ def _say(message: str, code: int) -> int:
         message = f"rank {_rank()}: {message}"
     print(f"bigbatch: {message}", file=sys.stderr, flush=True)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,14 +18,22 @@ from bigbatch.plan import Plan
 
 if TYPE_CHECKING:
     from bigbatch.train import Parts
+    from bigbatch.train.checkpoint import Saved
 
 OK, FAILED, USAGE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 1 failed, 2 the input is wrong (one message, no traceback)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes overrides in one place only; a user writes them before options and after.
+    if not hasattr(args, "overrides") or not all("=" in text and text[0] != "-" for text in rest):
+        parser.parse_args(argv)
     try:
+        if rest:
+            args.overrides = [*args.overrides, *rest]
+        _check_launch()
         return int(args.verb(args))
     except ConfigError as error:
         return _say(str(error), USAGE)
@@ -64,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    verb(
-        "train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; the same command goes on."
-    )
+    verb("train", _train, "Train a recipe, alone or under torchrun or accelerate launch; the same command goes on.")
     plan = verb("plan", _plan, "Show every number a run would use, with its reason, without training.")
     plan.add_argument("--world-size", type=_positive, default=_world_size(), help="number of processes")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -154,7 +160,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    path = Path(args.path)
+    path = Path(args.path).resolve()
+    if not path.is_dir():
+        raise ConfigError(f"{args.path}: no such directory; give a run directory or a checkpoint in one")
     is_run = (path / "config.yaml").is_file()
     run = path if is_run else path.parent.parent
     if not (run / "config.yaml").is_file():
@@ -169,13 +177,21 @@ def _evaluate(args: argparse.Namespace) -> int:
     try:
         saved = open_newest(path / "checkpoints") if is_run else open_checkpoint(path)
         with _assembled(config, plan) as parts:
-            parts.model.load_state_dict(saved.model())
+            _load(parts, saved)
             metrics = evaluate(parts, args.split)
     except RunError as error:
         return _say(str(error), FAILED)
     if _rank() == 0:
         print(json.dumps({"checkpoint": str(saved.path), "split": args.split, **metrics}))
     return OK
+
+
+def _load(parts: Parts, saved: Saved) -> None:
+    try:
+        parts.model.load_state_dict(saved.model())
+    except RuntimeError as error:
+        what = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"{saved.path}: holds another model than the overrides describe ({what})") from None
 
 
 @contextmanager
@@ -202,6 +218,14 @@ def _world_size() -> int:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _check_launch() -> None:
+    """Plain srun starts processes that do not know of each other, and each would train on its own."""
+    inside = "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if inside and tasks != "1":
+        raise ConfigError(f"SLURM_STEP_NUM_TASKS = {tasks}: start torchrun once per node, as slurm/train.sbatch does")
 
 
 def _say(message: str, code: int) -> int:

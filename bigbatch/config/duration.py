@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 
 Unit = Literal["ep", "st", "ex", "%"]
 
-_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(ep|st|ex|%)\s*")
+_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,2})?)\s*(ep|st|ex|%)\s*")
 _HELP = 'write a number and a unit: "10ep" (epochs), "500st" (steps), "1.2e6ex" (samples) or "50%" (of the run)'
 
 
@@ -47,7 +47,8 @@ class Duration:
         return math.ceil(self.value * {"ep": epoch, "st": batch, "ex": 1}[self.unit])
 
     def __str__(self) -> str:
-        return f"{float(self.value):.12g}{self.unit}"
+        number = self.value.numerator if self.value.denominator == 1 else float(self.value)
+        return f"{number}{self.unit}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

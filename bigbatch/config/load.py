@@ -14,6 +14,10 @@ from .models import RunConfig
 Tree = dict[str, Any]
 
 
+TAGS = {"optim": "name", "task": "name", "data": "name"} | dict.fromkeys(("warmup", "decay", "clip", "norm"), "kind")
+"""The key of a section that says what its other keys mean."""
+
+
 class ConfigError(ValueError):
     """The user's input is wrong. The message names the key, the value and a way out; the CLI exits 2 with it."""
 
@@ -22,7 +26,8 @@ class _Loader(yaml.SafeLoader):
     """YAML where ``off`` is a word and ``1e-1`` a number, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
+        keys = [self.construct_object(key, deep=True) for key in own]
         repeated = {str(key) for key in keys if keys.count(key) > 1}
         if repeated:
             raise ConfigError(
@@ -57,7 +62,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     another optimiser or schedule is inherited. Raises ConfigError.
     """
     tree = _read(Path(path), ())
-    for override in overrides:
+    # A section's name or kind comes first: it clears the section of what another one had set.
+    for override in sorted(overrides, key=lambda text: not _names_section(text)):
         tree = merge(tree, _override(override))
     try:
         return RunConfig.model_validate(tree)
@@ -77,8 +83,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     for key, value in over.items():
         old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            renamed = any(tag in value and tag in old and value[tag] != old[tag] for tag in ("name", "kind"))
-            value = value if renamed else merge(old, value)
+            tag = TAGS.get(key, "")
+            renamed = tag in value and tag in old and value[tag] != old[tag]
+            # Nothing on something empties it: the only way to drop inherited options.
+            value = merge(old, value) if value and not renamed else value
         result[key] = value
     return result
 
@@ -110,10 +118,14 @@ def _key(problem: Any, tree: object) -> str:
     path: list[str] = []
     node = tree
     for part in problem["loc"]:
-        if (isinstance(node, Mapping) and part in node) or (isinstance(node, (list, tuple)) and isinstance(part, int)):
-            path.append(str(part))
+        if isinstance(node, Mapping) and part in node:
             node = node[part]
-    if problem["type"] == "missing":
+        elif isinstance(node, (list, tuple)) and isinstance(part, int):
+            node = node[part] if part < len(node) else None
+        else:
+            continue
+        path.append(str(part))
+    if problem["type"] == "missing" and path[-1:] != [str(problem["loc"][-1])]:
         path.append(str(problem["loc"][-1]))
     return ".".join(path) or "recipe"
 
@@ -128,7 +140,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
         raise ConfigError(f"{path}: no such recipe; give the path of a YAML file, such as those in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         kind = "empty" if tree is None else f"a {type(tree).__name__}"
@@ -145,6 +159,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     return merge(_read(path.parent / parent, (*seen, where)), tree)
 
 
+def _names_section(override: str) -> bool:
+    section, _, tag = override.partition("=")[0].partition(".")
+    return TAGS.get(section) == tag
+
+
 def _override(text: str) -> Tree:
     key, equals, raw = text.partition("=")
     parts = key.split(".")
@@ -152,8 +171,8 @@ def _override(text: str) -> Tree:
         raise ConfigError(f"override {text!r}: write key.path=value, for example batch.global=1024")
     try:
         value = yaml.load(raw, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {text!r}: the value is not YAML; quote it") from None
+    except (yaml.YAMLError, ValueError):
+        raise ConfigError(f"override {text[:80]!r}: the value is not YAML; quote it") from None
     for part in reversed(parts):
         value = {part: value}
     return value  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from .duration import Duration
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0, le=1)]
 Fraction1 = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -27,7 +28,7 @@ class Run(Section):
 
 
 class Batch(Section):
-    global_: Positive = Field(alias="global", description="Samples per optimiser step, over all processes.")
+    global_: Positive = Field(alias="global", le=2**31, description="Samples per optimiser step, over all processes.")
     micro: Positive | Literal["auto"] = Field("auto", description="Samples per process and backward pass.")
     micro_limit: Positive = Field(2048, description="Largest micro batch that `auto` may choose.")
 
@@ -157,19 +158,19 @@ class Linear(_Decay):
 class Step(_Decay):
     kind: Literal["step"]
     every: Duration
-    factor: PositiveFloat = 0.1
+    factor: Factor = 0.1
 
 
 class MultiStep(_Decay):
     kind: Literal["multistep"]
     at: tuple[Duration, ...] = Field(min_length=1)
-    factor: PositiveFloat = 0.1
+    factor: Factor = 0.1
 
 
 class Exponential(_Decay):
     kind: Literal["exponential"]
     every: Duration
-    factor: PositiveFloat = 0.1
+    factor: Factor = 0.1
 
 
 class InverseTime(_Decay):
@@ -220,7 +221,9 @@ class Norm(Section):
     kind: Literal["batch", "group", "layer", "instance"] = "batch"
     span: Positive | Literal["micro"] = Field("micro", description="Samples that batch statistics are taken over.")
     groups: Positive = Field(32, description="Groups of norm.kind group.")
-    zero_init_residual: bool = Field(False, description="γ = 0 in each residual branch's last norm.")
+    zero_init_residual: bool = Field(
+        False, description="γ = 0 in each residual branch's last norm; false leaves the model as it was made."
+    )
 
 
 class Classification(Section):
@@ -267,7 +270,7 @@ class Synthetic(_Data):
     name: Literal["synthetic"]
     size: Positive = 1024
     shape: tuple[Positive, Positive, Positive] = Field((3, 32, 32), description="Channels, height, width.")
-    classes: Annotated[int, Field(gt=1)] = 10
+    classes: Annotated[int, Field(gt=1, le=2**20)] = 10
     evaluation: Positive = Field(256, description="Samples of the validation and of the test part.")
 
 
@@ -305,7 +308,7 @@ class Tracking(Section):
 class Parallel(Section):
     strategy: Literal["ddp"] = "ddp"
     expect_world_size: Positive | None = None
-    timeout: PositiveFloat = Field(1800.0, description="Seconds a collective may take.")
+    timeout: PositiveFloat = Field(1800.0, le=1e7, description="Seconds a collective may take.")
 
 
 class RunConfig(Section):

@@ -67,11 +67,12 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
         decide("warmup", f"{schedule.warmup} samples", f"{kind} from {schedule.start:g} to {schedule.peak:g}", source)
         decide("warmup_steps", warmup_steps, "first step that starts after the warmup's samples")
     decide("decay", schedule.decay, ", ".join(f"{k} {v}" for k, v in schedule.options.items()) or "no options")
-    stop = clock.samples(config.run.stop_after, whole=True) if config.run.stop_after else clock.total
+    stop = clock.part("run.stop_after", config.run.stop_after) if config.run.stop_after else clock.total
     if stop < clock.total:
         decide("stop", f"{stop} samples", f"run.stop_after {config.run.stop_after}: saves and stops, to go on later")
     every = {
-        name: clock.samples(getattr(config, name).every, whole=True) for name in ("eval", "checkpoint", "tracking")
+        name: clock.interval(f"{name}.every", getattr(config, name).every)
+        for name in ("eval", "checkpoint", "tracking")
     }
     for name, what in (("eval", "evaluations"), ("checkpoint", "checkpoints")):
         decide(
@@ -144,9 +145,9 @@ class _Clock:
     @classmethod
     def of(cls, config: RunConfig, size: int) -> _Clock:
         batch, last = config.batch.global_, config.data.last
-        if last == "drop" and batch > size:
+        if last != "cross" and batch > size:
             raise ConfigError(
-                f"batch.global = {batch}: an epoch has {size} samples and data.last=drop drops the only window; "
+                f"batch.global = {batch}: an epoch has {size} samples, with data.last={last} no window is whole; "
                 f"use data.last=cross or a batch of at most {size}"
             )
         epoch = size // batch * batch if last == "drop" else size
@@ -159,16 +160,35 @@ class _Clock:
             total = math.ceil(total / batch) * batch
         if total <= 0:
             raise ConfigError(f"duration = {config.duration}: the run has no step; make it longer")
+        if total < batch:
+            raise ConfigError(
+                f"duration = {config.duration}: {total} samples are less than a batch.global of {batch}; lengthen it"
+            )
         return cls(size, batch, epoch, last, total, empty.steps_until(total))
 
+    def interval(self, key: str, duration: Duration) -> int:
+        """Samples from one event to the next."""
+        if duration.unit == "st" and self.last == "short":
+            if duration.value != 1:
+                raise ConfigError(
+                    f"{key} = {duration}: with data.last=short steps differ in size; use 1st, or ep, ex or %"
+                )
+            return 1
+        return self.part(key, duration)
+
+    def part(self, key: str, duration: Duration) -> int:
+        """A part of the run in samples. ConfigError names ``key`` where it has no length."""
+        if not duration.value:
+            raise ConfigError(f"{key} = {duration}: must be longer than 0")
+        return self.samples(duration, whole=True)
+
     def samples(self, duration: Duration, *, whole: bool = False) -> int:
-        """A duration in samples, at least 1 where it is an interval of the whole run."""
+        """A duration in samples; a percentage is one of the ``whole`` run."""
         if duration.unit == "st" and self.last == "short":
             per_epoch = math.ceil(self.epoch / self.batch)
             epochs, steps = divmod(math.ceil(duration.value), per_epoch)
             return epochs * self.epoch + min(steps * self.batch, self.epoch)
-        count = duration.samples(epoch=self.epoch, batch=self.batch, whole=self.total if whole else None)
-        return max(1, count) if whole else count
+        return duration.samples(epoch=self.epoch, batch=self.batch, whole=self.total if whole else None)
 
     def steps_until(self, samples: int) -> int:
         """The number of steps that start before ``samples``."""
@@ -216,16 +236,18 @@ def _warmup_samples(config: RunConfig, clock: _Clock) -> int:
     if warmup.kind == "none":
         if warmup.duration is not None:
             raise ConfigError(f"warmup.duration = {warmup.duration}: warmup.kind is none; choose gradual or constant")
+        if warmup.start != "base":
+            raise ConfigError(f"warmup.start = {warmup.start}: warmup.kind is none; choose gradual or constant")
         return 0
     if warmup.duration is None:
         raise ConfigError(
             f"warmup.duration: not set, but warmup.kind is {warmup.kind}; give a length such as 5ep or 10%"
         )
-    samples = clock.samples(warmup.duration, whole=True)
+    samples = clock.part("warmup.duration", warmup.duration)
     if samples >= clock.total:
         raise ConfigError(
             f"warmup.duration = {warmup.duration}: {samples} samples of warmup leave nothing of a run of {clock.total} "
-            f"({config.duration}); shorten it (a percentage such as 10% always fits) or lengthen duration"
+            f"({config.duration}); shorten it (a percentage such as 10%) or lengthen duration"
         )
     return samples
 
@@ -235,7 +257,7 @@ def _decay_options(config: RunConfig, clock: _Clock, warmup: int) -> dict[str, o
     decay = config.decay
 
     def samples(key: str, duration: Duration) -> int:
-        count = clock.samples(duration, whole=True)
+        count = clock.part(f"decay.{key}", duration)
         if count >= clock.total and not isinstance(decay, m.Exponential | m.InverseTime):
             raise ConfigError(
                 f"decay.{key} = {duration}: {count} samples, but the run ends at {clock.total}; "

@@ -60,6 +60,17 @@ def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
             "linear_rule_for_adaptive",
             f"{optim.name} was scaled with the square root of the batch (arXiv:1904.00962)",
         )
+    if plan.checkpoint_every % plan.eval_every:
+        yield (
+            "best_seldom_judged",
+            f"checkpoint.every {config.checkpoint.every} is no multiple of eval.every {config.eval.every}: a "
+            "checkpoint without an evaluation at its step cannot be the best one",
+        )
+    if config.batch.micro == "auto" and plan.micro_batch < min(8, plan.global_batch // plan.world_size):
+        yield (
+            "tiny_micro_batch",
+            f"batch.global has no larger micro batch than {plan.micro_batch}; one with more divisors is faster",
+        )
     if plan.bn_span and not plan.bn_groups_fixed and plan.world_size * plan.accumulation > 1:
         yield (
             "span_follows_micro",

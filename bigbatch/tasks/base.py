@@ -18,6 +18,10 @@ class Task(Protocol):
         """Names of the sums that ``evaluate`` gives."""
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics that ``metrics`` gives."""
+
+    @property
     def weight_is_count(self) -> bool:
         """Whether a batch's weight is its number of samples, known without looking at it."""
 

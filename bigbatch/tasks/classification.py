@@ -24,6 +24,7 @@ class ClassificationTask:
     """
 
     sums = ("loss", "correct", "weight")
+    metric_names = ("loss", "accuracy")
     weight_is_count = True
 
     def __init__(self, config: Classification, *, shape: tuple[int, int, int], classes: int) -> None:

@@ -55,7 +55,8 @@ class Jsonl:
 def read_events(path: Path, *, until: int | None = None) -> Iterator[Event]:
     """The events of a ``metrics.jsonl``; none where there is no such file.
 
-    ``until`` leaves out what happened after that step; resumes are kept, as they are not repeated. A line that is not a
+    ``until`` leaves out what a run that goes on from that step will do again: all later steps, and the test at the end.
+    Resumes are kept, as they are not repeated. A line that is not a
     whole JSON object, such as the last one of a killed process, is left out.
     """
     try:
@@ -70,7 +71,8 @@ def read_events(path: Path, *, until: int | None = None) -> Iterator[Event]:
                 continue
             if not isinstance(event, dict):
                 continue
-            if until is None or event.get("event") == "resume" or event.get("step", 0) <= until:
+            kept = until is None or event.get("event") == "resume"
+            if kept or (event.get("step", 0) <= until and event.get("split") != "test"):
                 yield event
 
 

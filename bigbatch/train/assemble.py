@@ -27,6 +27,11 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     _check_size(data, plan)
     task = build_task(config.task, shape=data.shape, classes=data.classes)
 
+    if config.checkpoint.best not in task.metric_names:
+        raise ValueError(
+            f"checkpoint.best = {config.checkpoint.best!r}: no metric of this task; choose one of {task.metric_names}"
+        )
+
     # The initial weights are a function of the seed alone, the same on every process.
     torch.manual_seed(config.seed)
     model = task.build_model().to(runtime.device, runtime.dtype)

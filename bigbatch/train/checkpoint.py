@@ -96,13 +96,14 @@ class Checkpoints:
     def set_aside(self, newest: Saved) -> None:
         """Rename the damaged directories after the newest whole one, so that their steps can be saved again."""
         for path in self._paths():
-            if path.name > newest.path.name:
+            if int(path.name) > int(newest.path.name):
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
 
     def _paths(self) -> list[Path]:
-        return sorted(p for p in self.root.glob("[0-9]*") if p.is_dir() and p.name.isdigit())
+        found = (path for path in self.root.glob("[0-9]*") if path.is_dir() and path.name.isdigit())
+        return sorted(found, key=lambda path: int(path.name))
 
     def _prune(self) -> None:
         paths = self._paths()

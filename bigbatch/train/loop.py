@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -147,15 +148,16 @@ def _save(
 
 def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequence[str]]:
     """Rank 0 looks and all use what it found, so that no two processes go on from different steps."""
+    found: Any = None
     if parts.runtime.rank == 0:
         try:
-            found: Any = checkpoints.newest()
+            found = checkpoints.newest()
         except RunError as error:
             found = error
-    else:
-        found = None
+        except (OSError, ValueError) as error:
+            found = ConfigError(f"run.dir = {parts.config.run.dir!r}: no directory can have this name ({error})")
     found = parts.runtime.agree(found)
-    if isinstance(found, RunError):
+    if isinstance(found, Exception):
         raise found
     return found  # type: ignore[no-any-return]
 
@@ -173,6 +175,8 @@ def _restore(parts: Parts, saved: Saved) -> Clock:
 def _identity(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json", by_alias=True, exclude=set(FREE_ON_RESUME))
     del tree["batch"]["micro"], tree["batch"]["micro_limit"]
+    for where in ("path", "download"):
+        tree["data"].pop(where, None)
     return json.loads(json.dumps(tree))  # type: ignore[no-any-return]
 
 
@@ -196,19 +200,22 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _write_inputs(parts: Parts, run: Path) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
+        # The run is not complete, whatever another one may have left here.
+        (run / SUMMARY).unlink(missing_ok=True)
         (run / "config.yaml").write_text(dump_config(parts.config), encoding="utf-8")
         (run / "plan.json").write_text(parts.plan.to_json(), encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"run.dir = {run}: cannot be written ({error}); give another directory") from None
 
 
 def _announce(trackers: Trackers, clock: Clock, saved: Saved | None, damage: Sequence[str], parts: Parts) -> None:
     for message in damage:
         trackers.log({"event": "warning", "code": "damaged_checkpoint", **_where(clock), "message": message})
-    for warning in parts.plan.warnings:
-        trackers.log({"event": "warning", "code": warning.code, **_where(clock), "message": warning.message})
     if saved:
         trackers.log({"event": "resume", **_where(clock), "checkpoint": saved.path.name})
+        return
+    for warning in parts.plan.warnings:
+        trackers.log({"event": "warning", "code": warning.code, **_where(clock), "message": warning.message})
 
 
 def _finish(
@@ -223,7 +230,12 @@ def _finish(
     }
     if clock.samples < parts.plan.samples:
         return summary
-    validation, test = validation or evaluate(parts, "validation"), evaluate(parts, "test")
+    validation = validation or evaluate(parts, "validation")
+    if not math.isfinite(validation["loss"]):
+        raise RunError(
+            f"the run ended with a validation loss of {validation['loss']}: lower optim.lr or lengthen the warmup"
+        )
+    test = evaluate(parts, "test")
     trackers.log({"event": "eval", "split": "test", **_where(clock), **test})
     summary["metrics"] = {**test, **{f"validation_{name}": value for name, value in validation.items()}}
     summary["parameters_sha256"] = parameters_sha256(parts)

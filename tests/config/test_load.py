@@ -41,6 +41,24 @@ def test_another_name_replaces_the_whole_section(recipe: Path) -> None:
     assert merge({"optim": {"name": "a", "x": 1}}, {"optim": {"name": "b"}}) == {"optim": {"name": "b"}}
 
 
+def test_name_and_kind_come_first_in_any_order(recipe: Path) -> None:
+    config = load_config(recipe, ["optim.lr=0.3", "optim.name=adam"])
+    assert (config.optim.name, config.optim.lr) == ("adam", 0.3)
+
+
+def test_only_a_sections_own_tag_replaces_it(recipe: Path) -> None:
+    config = load_config(recipe, ["tracking.wandb={mode: offline, name: a}", "tracking.wandb.name=b"])
+    assert (config.tracking.wandb.mode, config.tracking.wandb.name) == ("offline", "b")
+    cleared = load_config(recipe, ["task.options={widths: [8]}", "task.options={}"])
+    assert cleared.task.options == {}
+
+
+def test_yaml_merge_keys(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text(RECIPE + "eval: &every {every: 2ep}\ncheckpoint: {<<: *every, keep: 5}\n")
+    assert load_config(path).checkpoint.every == Duration.parse("2ep")
+
+
 def test_extends_is_relative_and_chained(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "one.yaml").write_text("extends: ../recipe.yaml\nseed: 1\nbatch: {micro: 8}\n")
@@ -50,7 +68,9 @@ def test_extends_is_relative_and_chained(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_dump_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
-    config = load_config(recipe, ["decay={kind: multistep, at: [30%, 4ep]}", "optim.groups=[{match: rest}]"])
+    config = load_config(
+        recipe, ["decay={kind: multistep, at: [30%, 4ep]}", "optim.groups=[{match: rest}]", "duration=1234567890123ex"]
+    )
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
 
@@ -80,6 +100,10 @@ def test_frozen(recipe: Path) -> None:
         ("a", "write key.path=value"),
         ("a.=1", "write key.path=value"),
         ("seed={", "not YAML"),
+        ("batch.global=" + "9" * 5000, "not YAML"),
+        ("batch.global=99999999999", "batch.global = 99999999999:"),
+        ("optim={name: adam, lr: 0.1, betas: [0.9]}", "optim.betas.1: required and not set"),
+        ("duration=1e400ep", "not a duration"),
         ("batch=3", "batch = 3:"),
     ],
 )

@@ -123,6 +123,15 @@ def test_events_fall_on_every_multiple_and_on_the_end() -> None:
     assert all(0 <= end - 10_000 * (k + 1) < 256 for k, end in enumerate(ends))
 
 
+def test_every_step_is_tracked_where_windows_are_short() -> None:
+    result = plan(data={"name": "synthetic", "last": "short"}, duration="3ep")
+    samples = 0
+    while samples < result.samples:
+        after = samples + result.window(samples)
+        assert result.is_due(result.track_every, before=samples, after=after)
+        samples = after
+
+
 def test_bn_span() -> None:
     assert (plan().bn_span, plan().span) == (256, None)
     assert (plan(norm={"span": 32}).bn_span, plan(norm={"span": 32}).span) == (32, 32)
@@ -158,6 +167,13 @@ def test_bn_span() -> None:
         ({"parallel": {"expect_world_size": 8}}, 2, "parallel.expect_world_size = 8: 2 processes"),
         ({"debug": True}, 2, "debug = true: one process only, 2 were started"),
         ({"batch": {"global": 20_000}, "data": {"name": "synthetic", "last": "drop"}}, 1, "batch.global = 20000"),
+        ({"batch": {"global": 20_000}, "data": {"name": "synthetic", "last": "short"}}, 1, "batch.global = 20000"),
+        ({"batch": {"global": 20_000}, "duration": "1ep"}, 1, "duration = 1ep: 10000 samples are less than"),
+        ({"eval": {"every": "0ep"}}, 1, "eval.every = 0ep: must be longer than 0"),
+        ({"decay": {"kind": "step", "every": "0st"}}, 1, "decay.every = 0st: must be longer than 0"),
+        ({"warmup": {"kind": "gradual", "duration": "0ep"}}, 1, "warmup.duration = 0ep: must be longer than 0"),
+        ({"warmup": {"start": "zero"}}, 1, "warmup.start = zero: warmup.kind is none"),
+        ({"data": {"name": "synthetic", "last": "short"}, "eval": {"every": "2st"}}, 1, "eval.every = 2st.*use 1st"),
         ({"clip": {"kind": "norm"}}, 1, "clip.max: not set"),
         ({"clip": {"max": 1.0}}, 1, "clip.max = 1.0: clip.kind is none"),
     ],
@@ -180,6 +196,8 @@ def test_what_cannot_be_met_is_an_error(sections: dict[str, Any], world: int, me
             "linear_rule_for_adaptive",
             {"optim": {"name": "lamb", "lr": 1.0}, "scaling": {"rule": "linear", "base_batch": 64}},
         ),
+        ("best_seldom_judged", {"eval": {"every": "3st"}, "checkpoint": {"every": "4st"}}),
+        ("tiny_micro_batch", {"batch": {"global": 4099}}),
         ("span_follows_micro", {"batch": {"micro": 64}}),
     ],
 )

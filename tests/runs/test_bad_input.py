@@ -54,6 +54,8 @@ CASES = {
     ),
     "shift out of the frame": (["data.augment.shift=8"], ["data.augment.shift", "8"]),
     "run directory in a file": (["run.dir=/dev/null/run"], ["run.dir", "/dev/null/run", "another directory"]),
+    "no such metric": (["checkpoint.best=acuracy"], ["checkpoint.best", "acuracy", "accuracy"]),
+    "impossible name": (['run.dir="a\\0b"'], ["run.dir", "a"]),
     "wrong size": (["data.size=1000"], ["data.size", "1000"]),
     "groups do not divide": (["norm={kind: group, groups: 5}"], ["norm.groups", "5"]),
 }
@@ -108,6 +110,35 @@ def test_another_run_in_the_directory(recipe: Path, tmp_path: Path, capsys: pyte
     message = capsys.readouterr().err
     assert all(word in message for word in ("optim.lr", "0.2", "0.1", "run.dir"))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("path", ["nowhere", ".", "run/checkpoints/00000099"])
+def test_evaluate_of_what_is_no_run(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tmp_path / path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_evaluate_another_model(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), f"run.dir={run}", "tracking.console=none", "run.stop_after=1st"]) == 0
+    assert main(["evaluate", str(run), "--split", "test", "task.options={widths: [4]}"]) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+def test_overrides_stand_before_and_after_options(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "seed=3", "--json", "batch.global=128"]) == 0
+    assert '"global_batch": 128' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(recipe), "--jsn"])
+
+
+def test_plain_srun_is_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert main(["train", str(recipe)]) == 2
+    assert "torchrun" in capsys.readouterr().err
 
 
 def test_under_torchrun_rank_0_alone_speaks(recipe: Path, tmp_path: Path) -> None:

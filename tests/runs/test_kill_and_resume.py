@@ -1,15 +1,21 @@
 """A run that is killed in the middle of an epoch and started again ends bit for bit as one that was not."""
 
 import json
+import shutil
 import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from bigbatch.cli import main
+from bigbatch.train.scale import LossScale
 from runs.command import ROOT, bigbatch, command, environment, events, summary, untimed
+
+assemble_module = sys.modules["bigbatch.train.assemble"]
 
 RECIPE = """
 seed: 3
@@ -106,13 +112,46 @@ def test_a_complete_run_is_left_alone(recipe: Path, tmp_path: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_keeps_the_newest_and_the_best(recipe: Path, tmp_path: Path) -> None:
+def test_the_summary_of_another_run_is_not_ours(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(recipe, run, "duration=4ep", "checkpoint={every: 1ep, keep: 2}") == 0
-    scores = {e["step"]: e["accuracy"] for e in events(run, "eval") if e["split"] == "validation"}
-    best = max(scores, key=lambda step: scores[step])
-    expected = {f"{step:08d}" for step in sorted(scores)[-2:]} | {f"{best:08d}"}
-    assert set(steps_of(run)) == expected
+    assert train(recipe, run, "duration=1ep") == 0
+    shutil.rmtree(run / "checkpoints")
+    assert train(recipe, run, "duration=1ep", "seed=9", "run.stop_after=2st") == 0
+    assert not (run / "summary.json").exists()
+
+
+def test_warnings_and_the_test_stand_once_however_often_a_run_is_started(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(recipe, run, "duration=1ep", "run.stop_after=5st") == 0
+    assert train(recipe, run, "duration=1ep") == 0
+    (run / "summary.json").unlink()
+    assert train(recipe, run, "duration=1ep") == 0
+    assert [e["split"] for e in events(run, "eval")].count("test") == 1
+    codes = [e["code"] for e in events(run, "warning")]
+    assert len(codes) == len(set(codes))
+
+
+def test_a_run_that_ends_without_a_loss_failed(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    overrides = ("duration=4st", "optim={name: sgd, lr: 1e30}", "warmup={kind: none}", "clip={kind: none}")
+    assert train(recipe, run, *overrides) == 1
+    assert "validation loss" in capsys.readouterr().err
+    assert not (run / "summary.json").exists()
+
+
+def test_loss_scale_goes_on_where_it_was(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble_module, "LossScale", partial(LossScale, value=2.0**20, interval=4))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    overrides = ("duration=2ep", "precision=fp16", "batch.micro=96")
+    assert train(recipe, whole, *overrides) == 0
+    assert train(recipe, parts, *overrides, "run.stop_after=10st") == 0
+    assert train(recipe, parts, *overrides) == 0
+    scales = [e["loss_scale"] for e in events(whole, "step")]
+    assert len(set(scales)) > 2
+    assert [e["loss_scale"] for e in events(parts, "step")] == scales
+    assert summary(parts)["parameters_sha256"] == summary(whole)["parameters_sha256"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])

@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bigbatch.cli import main
+from bigbatch.tasks.classification import ClassificationTask
 from bigbatch.train import train_step
 from train.assembled import assembled, gradients
 
@@ -56,6 +59,33 @@ def test_accumulation_changes_nothing_with_a_batch_norm_span(span: int) -> None:
             torch.testing.assert_close(grad, results[0][0][name], rtol=1e-8, atol=1e-11)
         for name, tensor in state.items():
             torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-9, atol=1e-12)
+
+
+class Weighted(ClassificationTask):
+    """Every sample weighs as much as its label says, which no plan knows."""
+
+    weight_is_count = False
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        each = cross_entropy(model(batch["image"]), batch["label"], reduction="none")
+        return (each * batch["label"]).sum(), self.weight(batch)
+
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["label"].sum().double()
+
+
+@pytest.mark.parametrize("micro", [96, 16])
+def test_unequal_weights_are_divided_once_by_their_sum(micro: int) -> None:
+    parts = assembled(batch={"global": 96, "micro": micro}, norm=GROUP)
+    parts = replace(parts, task=Weighted(parts.config.task, shape=(1, 8, 8), classes=10))
+    batch = parts.loader.train(range(96))
+    each = cross_entropy(parts.model(batch["image"]), batch["label"], reduction="none")
+    loss = (each * batch["label"]).sum() / batch["label"].sum()
+    expected = torch.autograd.grad(loss, list(parts.model.parameters()))
+    report = train_step(parts, samples=0, want_loss=True)
+    assert report.loss == pytest.approx(loss.item(), rel=1e-12)
+    for grad, parameter in zip(expected, parts.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-10, atol=1e-12)
 
 
 def test_clipping_is_once_per_update() -> None:

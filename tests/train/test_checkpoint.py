@@ -1,0 +1,42 @@
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from bigbatch.train.checkpoint import Checkpoints
+
+
+def saved(
+    root: Path, scores: dict[int, float | None], *, keep: int = 2, best_is: Literal["max", "min"] = "max"
+) -> list[int]:
+    """The steps left after saving one checkpoint a score."""
+    checkpoints = Checkpoints(root, keep=keep, best="accuracy", best_is=best_is)
+    for step, score in scores.items():
+        metrics = None if score is None else {"accuracy": score}
+        checkpoints.save(step, model={"w": torch.zeros(2)}, optimizer={}, state={"metrics": metrics})
+    return sorted(int(path.name) for path in root.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("scores", "left"),
+    [
+        ({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.5, 5: 0.6}, [2, 4, 5]),
+        ({1: 0.2, 2: 0.3, 3: 0.4, 4: 0.5}, [3, 4]),
+        ({1: 0.9, 2: None, 3: None, 4: None}, [1, 3, 4]),
+        ({1: None, 2: None, 3: None}, [2, 3]),
+        ({1: float("nan"), 2: 0.1, 3: 0.0, 4: 0.0}, [2, 3, 4]),
+    ],
+)
+def test_keeps_the_newest_and_the_best(tmp_path: Path, scores: dict[int, float | None], left: list[int]) -> None:
+    assert saved(tmp_path, scores) == left
+
+
+def test_the_best_can_be_the_least(tmp_path: Path) -> None:
+    assert saved(tmp_path, {1: 0.5, 2: 0.1, 3: 0.4, 4: 0.3}, keep=1, best_is="min") == [2, 4]
+
+
+def test_the_newest_is_the_greatest_number(tmp_path: Path) -> None:
+    assert saved(tmp_path, {99_999_999: 0.1, 100_000_000: 0.1}) == [99_999_999, 100_000_000]
+    newest, damage = Checkpoints(tmp_path, keep=2, best="accuracy", best_is="max").newest()
+    assert newest is not None and newest.path.name == "100000000" and damage == []

@@ -80,9 +80,9 @@ def _steps(
         report = train_step(parts, samples=before, want_loss=due(plan.track_every))
         clock.samples, clock.step = after, clock.step + 1
         meter.add(report.global_batch)
-        _guard(parts, clock, report)
         if due(plan.track_every):
             trackers.log(_step_event(parts, clock, report, meter.read()))
+        _guard(parts, clock, report)
         meter.pause()
         metrics = None
         if due(plan.eval_every):

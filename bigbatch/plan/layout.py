@@ -52,6 +52,8 @@ def choose_micro(batch: Batch, norm: Norm, *, world_size: int) -> tuple[int, str
 
 def choose_span(norm: Norm, *, micro: int, world_size: int) -> tuple[int | None, str, str]:
     """The batch-norm span, why, and the source; None where batch norm is converted to another kind."""
+    if norm.kind != "group" and norm.groups != Norm().groups:
+        raise ConfigError(f"norm.groups = {norm.groups}: norm.kind is {norm.kind}; use norm.kind=group or remove it")
     if norm.kind != "batch":
         if norm.span != "micro":
             raise ConfigError(

@@ -174,6 +174,7 @@ def test_bn_span() -> None:
         ({"warmup": {"kind": "gradual", "duration": "0ep"}}, 1, "warmup.duration = 0ep: must be longer than 0"),
         ({"warmup": {"start": "zero"}}, 1, "warmup.start = zero: warmup.kind is none"),
         ({"data": {"name": "synthetic", "last": "short"}, "eval": {"every": "2st"}}, 1, "eval.every = 2st.*use 1st"),
+        ({"norm": {"groups": 8}}, 1, "norm.groups = 8: norm.kind is batch"),
         ({"clip": {"kind": "norm"}}, 1, "clip.max: not set"),
         ({"clip": {"max": 1.0}}, 1, "clip.max = 1.0: clip.kind is none"),
     ],

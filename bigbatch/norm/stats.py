@@ -29,6 +29,17 @@ class BatchStats:
         for layer in self._layers.values():
             layer.empty = flag
 
+    def check(self, samples: int) -> None:
+        """ValueError unless every layer saw each of ``samples`` samples of this rank once; forgets them."""
+        seen = {name: layer.seen for name, layer in self._layers.items()}
+        self.discard()
+        wrong = next((name for name, count in seen.items() if count != samples), None)
+        if wrong is not None:
+            raise ValueError(
+                f"norm.kind = batch: here {wrong} sees {seen[wrong]} rows of {samples} samples, and each batch "
+                "norm must see each sample once; use norm.kind=group or another model"
+            )
+
     def commit(self, samples: int) -> None:
         """Move the running buffers: an optimiser step of ``samples`` samples over all ranks is done.
 

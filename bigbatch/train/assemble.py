@@ -26,7 +26,6 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         data = load_data(config.data, seed=config.seed)
     _check_size(data, plan)
     task = build_task(config.task, shape=data.shape, classes=data.classes)
-
     if config.checkpoint.best not in task.metric_names:
         raise ValueError(
             f"checkpoint.best = {config.checkpoint.best!r}: no metric of this task; choose one of {task.metric_names}"
@@ -48,6 +47,10 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         device=runtime.device,
         dtype=runtime.dtype,
     )
+    # A model whose batch norms see other rows than the samples is refused here, not in its first step.
+    with torch.no_grad(), runtime.autocast():
+        task.loss(model, loader.train(range(2)))
+    stats.check(2)
     return Parts(
         config=config,
         plan=plan,

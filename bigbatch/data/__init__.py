@@ -1,4 +1,4 @@
-"""Datasets, the order of samples, and randomness that belongs to a sample. Names are loaded when first used."""
+"""Datasets, the order of samples, batches. Names are loaded when first used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .augment import augment_images
     from .loader import Batch, Loader
-    from .random import fold, hashed, uniform
     from .sampler import Stream, order, shares
     from .size import size_of
     from .sources import Dataset, MemoryPart, Part, SyntheticPart, load_data
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 _FILES = {
     "augment": ("augment_images",),
     "loader": ("Batch", "Loader"),
-    "random": ("fold", "hashed", "uniform"),
     "sampler": ("Stream", "order", "shares"),
     "size": ("size_of",),
     "sources": ("Dataset", "MemoryPart", "Part", "SyntheticPart", "load_data"),
@@ -24,8 +22,8 @@ _FILES = {
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
-    "Batch", "Dataset", "Loader", "MemoryPart", "Part", "Stream", "SyntheticPart", "augment_images", "fold", "hashed",
-    "load_data", "order", "shares", "size_of", "uniform",
+    "Batch", "Dataset", "Loader", "MemoryPart", "Part", "Stream", "SyntheticPart", "augment_images", "load_data",
+    "order", "shares", "size_of",
 ]  # fmt: skip
 
 

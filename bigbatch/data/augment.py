@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bigbatch.config.models import Augment
-
-from .random import uniform
+from bigbatch.keyed import uniform
 
 _DRAWS = 8
 _DY, _DX, _FLIP, _ERASE, _AREA, _ASPECT, _TOP, _LEFT = range(_DRAWS)  # further kinds go on from 8

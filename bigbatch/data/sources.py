@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bigbatch.config.models import Data, Digits, Idx, Synthetic
+from bigbatch.keyed import fold, hashed
 
-from .random import fold, hashed
 from .size import (
     TEST_FILES,
     TORCHVISION,

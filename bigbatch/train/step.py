@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bigbatch.clip import clip_gradients
-from bigbatch.data import fold, shares
+from bigbatch.data import shares
+from bigbatch.keyed import fold
 
 from .state import Parts, StepReport
 

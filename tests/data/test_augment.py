@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from bigbatch.config.models import Augment
-from bigbatch.data import augment_images, uniform
+from bigbatch.data import augment_images
+from bigbatch.keyed import uniform
 from reference.augment import augment
 
 SEED = 11

@@ -18,14 +18,17 @@ def starts(run_dir: Path) -> list[Path]:
 
 
 def records(start: Path) -> list[Record]:
-    (log,) = start.glob("*.wandb")
-    data, at, payload, found = log.read_bytes(), 7, b"", []
+    """The whole records; none before W&B's own process has made the log, which can be after the run's end."""
+    data = b"".join(log.read_bytes() for log in start.glob("*.wandb"))
+    at, payload, found = 7, b"", []
     while at + 7 <= len(data):
         room = 32768 - at % 32768
         if room < 7:
             at += room
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):
+            break  # still being written
         payload += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -36,7 +39,7 @@ def records(start: Path) -> list[Record]:
 
 def wait_for_end(start: Path) -> None:
     """W&B's own process may still be writing for a moment after a run has ended."""
-    for _ in range(400):
+    for _ in range(1200):
         if any(record.HasField("exit") for record in records(start)):
             return
         time.sleep(0.05)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch.data import fold, hashed, uniform
+from bigbatch.keyed import fold, hashed, uniform
 from reference.splitmix64 import MASK, outputs
 
 word = st.integers(0, 2**62)

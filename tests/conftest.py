@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 
 import hypothesis
@@ -15,11 +14,8 @@ os.environ.update(
     WANDB_ERROR_REPORTING="false",
     TOKENIZERS_PARALLELISM="false",
 )
-# Set before torch is imported, here and in child processes: the tensors of the tests are too small to share out, and a
-# process that has started threads must not be forked.
+# Set before torch is imported, here and in child processes: the tensors of the tests are too small to share out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A fork server that has torch loaded starts a process in a tenth of a second instead of several.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "accelerate"])
 
 # How long an example takes is the machine's business, not the code's.
 hypothesis.settings.register_profile("bigbatch", deadline=None)

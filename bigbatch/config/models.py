@@ -232,6 +232,11 @@ class Classification(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the model.")
     label_smoothing: Fraction1 = 0.0
     channels_last: bool = False
+    dropout: Literal["keyed", "torch"] = Field(
+        "keyed",
+        description="Masks drawn from (seed, step, position in the global batch), the same in every layout; or torch's "
+        "own, faster, which depend on the micro batch.",
+    )
 
 
 Task = Classification
@@ -309,6 +314,10 @@ class Parallel(Section):
     strategy: Literal["ddp"] = "ddp"
     expect_world_size: Positive | None = None
     timeout: PositiveFloat = Field(1800.0, le=1e7, description="Seconds a collective may take.")
+    check_every: Duration | None = Field(
+        Duration.parse("1ep"),
+        description="Compare all processes' parameters, plan and clock so often, and at each checkpoint; null: never.",
+    )
 
 
 class RunConfig(Section):

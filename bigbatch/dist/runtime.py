@@ -88,6 +88,15 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every process's tensor, (world size, *shape), by rank."""
+        rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(rows, tensor)
+        else:
+            rows = [tensor]
+        return torch.stack(rows)
+
     def neighbours(self, count: int) -> Callable[[Tensor], None]:
         """A function that sums a tensor in place over this process's block of ``count`` neighbouring ranks.
 

@@ -55,6 +55,7 @@ class Plan:
     eval_every: int
     checkpoint_every: int
     track_every: int
+    check_every: int | None
     warnings: tuple[PlanWarning, ...]
     decisions: tuple[Decision, ...]
 

@@ -78,6 +78,7 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
         decide(
             what, f"every {every[name]} samples", f"{name}.every {getattr(config, name).every}, and after the last step"
         )
+    check = config.parallel.check_every
     plan = Plan(
         world_size=world_size,
         global_batch=batch,
@@ -102,6 +103,7 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
         eval_every=every["eval"],
         checkpoint_every=every["checkpoint"],
         track_every=every["tracking"],
+        check_every=clock.interval("parallel.check_every", check) if check else None,
         warnings=(),
         decisions=tuple(decisions),
     )

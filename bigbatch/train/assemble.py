@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from bigbatch.config import RunConfig
 from bigbatch.data import Dataset, Loader, Stream, load_data
 from bigbatch.dist import Runtime
+from bigbatch.dropout import KeyedDropout, draws_freely
+from bigbatch.keyed import fold
 from bigbatch.norm import BatchStats, convert_norm, zero_init_residual
 from bigbatch.optim import build_optimizer
-from bigbatch.plan import Plan
-from bigbatch.tasks import build_task
+from bigbatch.plan import Plan, PlanWarning
+from bigbatch.tasks import Task, build_task
 
 from .scale import LossScale
 from .state import Parts
@@ -38,7 +41,6 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     if config.norm.zero_init_residual:
         zero_init_residual(model)
     optimizer = build_optimizer(config.optim, model)
-    stats = BatchStats(model)
     loader = Loader(
         data,
         stream=Stream(plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples),
@@ -47,10 +49,7 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         device=runtime.device,
         dtype=runtime.dtype,
     )
-    # A model whose batch norms see other rows than the samples is refused here, not in its first step.
-    with torch.no_grad(), runtime.autocast():
-        task.loss(model, loader.train(range(2)))
-    stats.check(2)
+    dropout, warnings = _try(config, task=task, model=model, loader=loader, runtime=runtime)
     return Parts(
         config=config,
         plan=plan,
@@ -60,9 +59,38 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         model=model,
         wrapped=runtime.wrap(model),
         optimizer=optimizer,
-        stats=stats,
+        stats=BatchStats(model),
         scale=LossScale() if config.precision == "fp16" else None,
+        dropout=dropout,
+        warnings=warnings,
     )
+
+
+def _try(
+    config: RunConfig, *, task: Task, model: nn.Module, loader: Loader, runtime: Runtime
+) -> tuple[KeyedDropout | None, tuple[PlanWarning, ...]]:
+    """Run the model on two samples. A model whose batch norms see other rows than the samples is refused here, not in
+    its first step; one that draws random numbers has them keyed, or a warning."""
+    batch, stats = loader.train(range(2)), BatchStats(model)
+
+    def draws() -> bool:
+        with torch.no_grad(), runtime.autocast():
+            drawn = draws_freely(lambda: task.loss(model, batch), runtime.device)
+        stats.check(2)
+        return drawn
+
+    def warning(message: str) -> tuple[PlanWarning]:
+        return (PlanWarning("random_by_layout", f"{message}; until then another layout is another run"),)
+
+    if not draws():
+        return None, ()
+    if config.task.dropout == "torch":
+        return None, warning("task.dropout = torch: masks depend on the micro batch; set task.dropout=keyed")
+    dropout = KeyedDropout(fold(config.seed, 1))
+    with dropout.at(0, 2):
+        unkeyed = draws()
+    message = "the model draws random numbers that task.dropout = keyed does not reach; set those rates of it to 0"
+    return dropout, warning(message) if unkeyed else ()
 
 
 def _check_size(data: Dataset, plan: Plan) -> None:

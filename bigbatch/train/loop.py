@@ -16,6 +16,7 @@ from bigbatch.tracking import Trackers, build_trackers
 
 from .checkpoint import Checkpoints, Saved
 from .evaluate import evaluate
+from .guard import check_ranks
 from .state import Clock, Parts, RunError, StepReport
 from .step import train_step
 
@@ -36,6 +37,8 @@ def train(parts: Parts) -> dict[str, Any]:
     checkpoints = Checkpoints(run / "checkpoints", keep=settings.keep, best=settings.best, best_is=settings.best_is)
     saved, damage = _find(parts, checkpoints)
     clock = _restore(parts, saved) if saved else Clock()
+    if parts.plan.check_every:
+        check_ranks(parts, clock, parts.model.state_dict())
     complete = parts.runtime.agree(clock.samples >= parts.plan.samples and (run / SUMMARY).is_file())
     if complete:
         return json.loads((run / SUMMARY).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
@@ -84,6 +87,9 @@ def _steps(
             trackers.log(_step_event(parts, clock, report, meter.read()))
         _guard(parts, clock, report)
         meter.pause()
+        if plan.check_every and due(plan.check_every):
+            # Running statistics are each process's own until they are merged.
+            check_ranks(parts, clock, dict(parts.model.named_parameters()))
         metrics = None
         if due(plan.eval_every):
             metrics = evaluate(parts, "validation")
@@ -134,6 +140,8 @@ def _save(
     parts: Parts, clock: Clock, checkpoints: Checkpoints, *, metrics: dict[str, float] | None, seconds: float
 ) -> None:
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
+    if parts.plan.check_every:
+        check_ranks(parts, clock, parts.model.state_dict())
     if parts.runtime.rank:
         return
     state = {
@@ -214,7 +222,7 @@ def _announce(trackers: Trackers, clock: Clock, saved: Saved | None, damage: Seq
     if saved:
         trackers.log({"event": "resume", **_where(clock), "checkpoint": saved.path.name})
         return
-    for warning in parts.plan.warnings:
+    for warning in (*parts.plan.warnings, *parts.warnings):
         trackers.log({"event": "warning", "code": warning.code, **_where(clock), "message": warning.message})
 
 

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from bigbatch.config import RunConfig
 from bigbatch.data import Loader
 from bigbatch.dist import Runtime
+from bigbatch.dropout import KeyedDropout
 from bigbatch.norm import BatchStats
-from bigbatch.plan import Plan
+from bigbatch.plan import Plan, PlanWarning
 from bigbatch.tasks import Task
 
 from .scale import LossScale
@@ -32,7 +33,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Parts:
-    """All that a step needs, assembled. ``model`` is the module itself, ``wrapped`` what is called in training."""
+    """All that a step needs, assembled. ``model`` is the module itself, ``wrapped`` what is called in training.
+
+    ``dropout`` is None for a model that draws no random numbers, or where torch's own generator is to draw them;
+    ``warnings`` are those that only the model could give.
+    """
 
     config: RunConfig
     plan: Plan
@@ -44,6 +49,8 @@ class Parts:
     optimizer: Optimizer
     stats: BatchStats
     scale: LossScale | None
+    dropout: KeyedDropout | None
+    warnings: tuple[PlanWarning, ...]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +37,9 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     parts.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for number, (piece, batch) in enumerate(zip(pieces, batches, strict=True)):
-        torch.manual_seed(fold(parts.config.seed, samples + piece.start))
         parts.stats.empty(not piece)
         with runtime.exchange(parts.wrapped, when=number == len(pieces) - 1):
-            with runtime.autocast():
+            with runtime.autocast(), dropout(parts, samples + piece.start, max(len(piece), 1)):
                 loss, _ = task.loss(parts.wrapped, batch)
             if not piece:
                 loss = loss * 0
@@ -75,6 +76,12 @@ def my_pieces(parts: Parts, size: int) -> list[range]:
         size, micro=plan.micro_batch, world_size=plan.world_size, accumulation=plan.accumulation, span=plan.span
     )
     return [row[parts.runtime.rank] for row in rows]
+
+
+def dropout(parts: Parts, first: int, size: int) -> AbstractContextManager[Any]:
+    """Random numbers of a forward pass over ``size`` samples from position ``first`` of the stream on."""
+    torch.manual_seed(fold(parts.config.seed, first))
+    return parts.dropout.at(first, size) if parts.dropout else nullcontext()
 
 
 def shift(piece: range, samples: int) -> range:

@@ -1,4 +1,4 @@
-"""The helper that other tests run their processes with."""
+"""Processes for one function call: their errors, their ends, their results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sleeps(rank: int) -> None:
 
 
 def test_slow_ranks_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "TIMEOUT", 1.0)
+    monkeypatch.setattr(ranks, "LIMIT", 1.0)
     with pytest.raises(TimeoutError, match=r"ranks \[0\] of 1"):
         run_ranks(1, sleeps)
 

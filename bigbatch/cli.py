@@ -83,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("path", help="run directory or checkpoint directory")
     evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the run's")
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation")
+    verify = verb("verify", _verify, "Run the first steps in several layouts, in fp64, and tell whether they are the same run.")
+    verify.add_argument(
+        "--layouts", default="1x1,1x4,2x2,4x1", help="processes x accumulation, compared with the first (%(default)s)"
+    )
+    verify.add_argument("--steps", type=_positive, default=20, help="the last one has a short window (%(default)s)")
+    verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     return parser
 
@@ -184,6 +190,30 @@ def _evaluate(args: argparse.Namespace) -> int:
     if _rank() == 0:
         print(json.dumps({"checkpoint": str(saved.path), "split": args.split, **metrics}))
     return OK
+
+
+def _verify(args: argparse.Namespace) -> int:
+    if _world_size() > 1:
+        raise ConfigError(f"WORLD_SIZE = {_world_size()}: verify starts its own processes; run it without a launcher")
+    here = ("debug=false", "parallel.expect_world_size=null")
+    config = load_config(args.config, ["precision=fp64", *args.overrides, *here])
+    plan = make_plan(config, world_size=1)
+
+    from bigbatch.analysis import Layout, verify
+    from bigbatch.dist import RankError
+
+    try:
+        verdict = verify(
+            config,
+            layouts=[Layout.parse(text) for text in args.layouts.split(",")],
+            steps=args.steps,
+            dataset_size=plan.dataset_size,
+            say=lambda text: print(f"\r{text}", file=sys.stderr),
+        )
+    except RankError as error:
+        return _say(str(error), FAILED)
+    print(verdict.to_json() if args.json else verdict.text(f"{args.config}, {config.precision}"))
+    return OK if verdict.same else FAILED
 
 
 def _load(parts: Parts, saved: Saved) -> None:

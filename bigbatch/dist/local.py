@@ -23,7 +23,9 @@ class RankError(RuntimeError):
     """One process failed; the message names its rank and holds its traceback, ``__cause__`` its exception."""
 
 
-def run_processes(world_size: int, function: Callable[..., Any], *args: Any, timeout: float, limit: float) -> list[Any]:
+def run_processes(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float, limit: float | None = None
+) -> list[Any]:
     """``function(rank, *args)`` in ``world_size`` new processes on the CPU; their results, by rank.
 
     Function, arguments and results are pickled, so the function stands at the top of its module. The variables that
@@ -48,9 +50,10 @@ def run_processes(world_size: int, function: Callable[..., Any], *args: Any, tim
             theirs.close()
             processes.append(process)
             waiting[ours] = rank
-        end = time.monotonic() + limit
+        start = time.monotonic()
         while waiting:
-            ready = wait(waiting, timeout=max(0.0, end - time.monotonic()))
+            left = None if limit is None else max(0.0, start + limit - time.monotonic())
+            ready = wait(waiting, timeout=left)
             if not ready:
                 raise TimeoutError(f"ranks {sorted(waiting.values())} of {world_size} took longer than {limit:g} s")
             for connection in ready:
@@ -86,7 +89,9 @@ def _main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+    threads = max(1, torch.get_num_threads() // world_size)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in world.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")

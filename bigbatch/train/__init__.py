@@ -3,15 +3,19 @@
 from .assemble import assemble
 from .checkpoint import open_checkpoint, open_newest
 from .evaluate import evaluate
+from .guard import bits, check_ranks
 from .loop import train
-from .state import Parts, RunError, StepReport
+from .state import Clock, Parts, RunError, StepReport
 from .step import train_step
 
 __all__ = [
+    "Clock",
     "Parts",
     "RunError",
     "StepReport",
     "assemble",
+    "bits",
+    "check_ranks",
     "evaluate",
     "open_checkpoint",
     "open_newest",

@@ -23,7 +23,7 @@ def check_ranks(parts: Parts, clock: Clock, tensors: dict[str, Tensor]) -> None:
         return
     said = {"the plan": parts.plan.to_json(), "the clock": repr(asdict(clock))}
     words = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") for text in said.values()]
-    sums = [_bits(tensor).sum(dtype=torch.int64) for tensor in tensors.values()]
+    sums = [bits(tensor).sum(dtype=torch.int64) for tensor in tensors.values()]
     mine = torch.cat([torch.tensor(words, device=runtime.device), torch.stack(sums)])
     rows = [tuple(row) for row in runtime.gather(mine).tolist()]
     common, _ = Counter(rows).most_common(1)[0]
@@ -39,6 +39,7 @@ def check_ranks(parts: Parts, clock: Clock, tensors: dict[str, Tensor]) -> None:
     )
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory read as integers of the same width."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().view(integers[tensor.element_size()])

@@ -1,0 +1,232 @@
+"""Is a recipe the same run in every layout? Runs its first steps in several, and compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+
+from torch import Tensor
+
+from bigbatch.config import ConfigError, RunConfig
+from bigbatch.dist import RankError, run_processes
+from bigbatch.plan import Plan, resolve
+
+from .replay import Role, Trace, replay
+
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
+"""Largest relative difference that passes for rounding."""
+JOLTED, CHAOS = "jolted", 10.0
+"""In float32 also this many times the difference that rounding of the initial weights alone has made by then: a ReLU
+that rounding tips over changes a gradient by a thousandth, and steps at a high rate multiply that."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Processes × accumulation; the micro batch is what is left of the global one."""
+
+    processes: int
+    accumulation: int
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """``"2x4"``. Raises ConfigError."""
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+        if match is None:
+            raise ConfigError(f"--layouts: {text!r} is no layout; write processes x accumulation, such as 1x1,2x4")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.processes}x{self.accumulation}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How far a layout is from the first one in one respect; ``where`` says it of the first step beyond rounding."""
+
+    what: str
+    layout: str
+    difference: float
+    where: str | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    steps: int
+    last_window: int
+    tolerance: float
+    layouts: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def same(self) -> bool:
+        return all(finding.where is None for finding in self.findings)
+
+    def to_json(self) -> str:
+        return json.dumps({**dataclasses.asdict(self), "same": self.same}, indent=2, ensure_ascii=False)
+
+    def text(self, title: str) -> str:
+        """A table of what was compared, the first step of each difference, and the verdict in words."""
+        whats = list(dict.fromkeys(finding.what for finding in self.findings))
+        cells = {(finding.what, finding.layout): finding for finding in self.findings}
+        width = max(map(len, whats)) + 2
+        lines = [f"{title}: {self.steps} steps, the last window of {self.last_window} samples"]
+        lines.append(" " * width + "".join(f"{name:>10}" for name in self.layouts))
+        for what in whats:
+            row = (cells[what, name] for name in self.layouts)
+            lines.append(f"{what:<{width}}" + "".join(f"{_cell(finding):>10}" for finding in row))
+        lines += [f"{f.layout}, {f.what}: {f.where}" for f in self.findings if f.where]
+        lines += [f"note: {note}" for note in self.notes]
+        fine = f"differences above {self.tolerance:g} are no rounding"
+        if JOLTED in self.layouts:
+            fine = f"rounding is up to {self.tolerance:g}, or {CHAOS:g} times what the jolted weights have made by then"
+        same = "the same run" if self.same else "NOT the same run"
+        lines.append(f"{same} in all layouts{': see the note' if self.notes and not self.same else ''} ({fine})")
+        return "\n".join(lines)
+
+
+def _cell(finding: Finding) -> str:
+    if finding.where:
+        return "DIFFERS"
+    return f"{finding.difference:.1e}" if finding.difference else "equal"
+
+
+def verify(
+    config: RunConfig,
+    *,
+    layouts: Sequence[Layout],
+    steps: int,
+    dataset_size: int,
+    say: Callable[[str], None],
+    worker: Callable[..., Trace] = replay,
+) -> Verdict:
+    """Run the first ``steps`` steps in each layout on real gloo processes and hold them against the first layout's.
+
+    The rates are those of the whole run; the last of the steps has a short window, of a third of its batch and one.
+    ``config.precision`` is fp64 or fp32, and in fp32 the first layout runs once more from jolted weights, to see what
+    rounding alone does to the recipe. Raises ConfigError for a layout that the recipe cannot have, and RankError where
+    a process fails. ``worker`` is what each process runs.
+    """
+    if config.precision not in TOLERANCE:
+        raise ConfigError(f"precision = {config.precision}: rounds too much to verify with; use precision=fp64 or fp32")
+    jobs = {str(layout): _job(config, layout, steps=steps, dataset_size=dataset_size) for layout in layouts}
+    first, *others = jobs
+    roles: dict[str, Role] = {first: "reference", **dict.fromkeys(others, "layout")}
+    if config.precision == "fp32":
+        jobs[JOLTED], roles[JOLTED] = jobs[first], "jolted"
+    traces: dict[str, Trace] = {}
+    with tempfile.TemporaryDirectory(prefix="bigbatch-verify-") as folder:
+        for name, (settings, plan) in jobs.items():
+            start = time.monotonic()
+            job = (settings, plan, Path(folder), roles[name])
+            try:
+                ranks = run_processes(plan.world_size, worker, *job, timeout=settings.parallel.timeout)
+            except RankError as error:
+                if isinstance(error.__cause__, ConfigError):
+                    raise error.__cause__ from None
+                raise
+            traces[name] = ranks[0]
+            say(f"{name}: {plan.steps} steps in {time.monotonic() - start:.1f} s")
+    tolerance, known, plan = TOLERANCE[config.precision], traces[first], jobs[first][1]
+    chaos = _differences(traces[JOLTED], known) if JOLTED in traces else {}
+    found = [_compare(name, trace, known, tolerance=tolerance, chaos=chaos) for name, trace in traces.items()]
+    notes = dict.fromkeys(note for trace in traces.values() for note in trace.notes)
+    if known.has_statistics and not plan.bn_groups_fixed:
+        span = math.gcd(*(plan.micro_batch for _, plan in jobs.values()))
+        where = "batch norm is over each micro batch, whose size follows the layout"
+        notes[f"norm.span = micro: {where}; set norm.span={span}"] = None
+    last = plan.samples - _start_of_last(plan, plan.steps)
+    return Verdict(plan.steps, last, tolerance, tuple(traces), tuple(chain.from_iterable(found)), tuple(notes))
+
+
+def _job(config: RunConfig, layout: Layout, *, steps: int, dataset_size: int) -> tuple[RunConfig, Plan]:
+    """The recipe and plan of a layout, which ends with the short window."""
+    parts = layout.processes * layout.accumulation
+    if config.batch.global_ % parts:
+        raise ConfigError(f"--layouts: batch.global = {config.batch.global_} does not divide by {layout}")
+    batch = config.batch.model_copy(update={"micro": config.batch.global_ // parts})
+    config = config.model_copy(update={"batch": batch})
+    plan = resolve(config, world_size=layout.processes, dataset_size=dataset_size)
+    steps = min(steps, plan.steps)
+    start = _start_of_last(plan, steps)
+    end = start + min(plan.window(start), plan.global_batch // 3 + 1)
+    return config, dataclasses.replace(plan, samples=end, stop_samples=end, steps=steps)
+
+
+def _start_of_last(plan: Plan, steps: int) -> int:
+    samples = 0
+    for _ in range(steps - 1):
+        samples += plan.window(samples)
+    return samples
+
+
+def _compare(
+    layout: str, ours: Trace, known: Trace, *, tolerance: float, chaos: dict[str, list[tuple[float, str]]]
+) -> list[Finding]:
+    """In the order in which one thing follows from another: the first row that differs is nearest to the cause."""
+
+    def equal(what: str, tell: Callable[[int], str | None]) -> Finding:
+        told = (tell(step) for step in range(len(known.lr)))
+        where = next((f"step {step}: {text}" for step, text in enumerate(told, 1) if text), None)
+        return Finding(what, layout, math.inf if where else 0.0, where)
+
+    def near(what: str, sizes: list[tuple[float, str]]) -> Finding:
+        limits = [max(tolerance, CHAOS * size) for size in accumulate((size for size, _ in chaos.get(what, ())), max)]
+        steps = enumerate(zip(sizes, limits or [tolerance] * len(sizes), strict=True), 1)
+        far = (f"step {step}: {text}, relatively {size:.1e}" for step, ((size, text), limit) in steps if size > limit)
+        return Finding(what, layout, max(size for size, _ in sizes), None if layout == JOLTED else next(far, None))
+
+    return [
+        equal("sample ids", lambda step: _other_sample(ours.ids[step], known.ids[step])),
+        equal("inputs", lambda step: _other_input(ours.inputs[step], known.inputs[step])),
+        *(near(what, sizes) for what, sizes in _differences(ours, known).items()),
+        Finding("ranks", layout, math.inf if ours.ranks else 0.0, ours.ranks),
+    ]
+
+
+def _differences(ours: Trace, known: Trace) -> dict[str, list[tuple[float, str]]]:
+    """What is compared up to rounding: the relative difference at each step, and what differs."""
+
+    def numbers(mine: list[float], its: list[float]) -> list[tuple[float, str]]:
+        return [(_relative(a, b), f"{a:.9g} is not {b:.9g}") for a, b in zip(mine, its, strict=True)]
+
+    return {
+        "learning rate": numbers(ours.lr, known.lr),
+        "loss": numbers(ours.loss, known.loss),
+        "gradient norm": numbers(ours.grad_norm, known.grad_norm),
+        "parameters": [(size, f"most in {name}") for size, name in ours.parameters],
+        "running statistics": [(size, f"most in {name}") for size, name in ours.statistics],
+    }
+
+
+def _relative(a: float, b: float) -> float:
+    if a == b or (a != a and b != b):
+        return 0.0
+    size = abs(a - b) / max(abs(b), sys.float_info.min)
+    return size if size == size else math.inf
+
+
+def _other_sample(ours: Tensor, known: Tensor) -> str | None:
+    if len(ours) != len(known):
+        return f"{len(ours)} samples instead of {len(known)}"
+    if ours.equal(known):
+        return None
+    place = int((ours != known).any(1).nonzero()[0])
+    (sample, epoch), (other, its) = ours[place].tolist(), known[place].tolist()
+    return f"position {place} is sample {sample} of epoch {epoch} instead of sample {other} of epoch {its}"
+
+
+def _other_input(ours: Tensor, known: Tensor) -> str | None:
+    if len(ours) != len(known) or ours.equal(known):
+        return None
+    places = (ours != known).nonzero().flatten().tolist()
+    return f"position {places[0]} and {len(places) - 1} more: the same sample looks otherwise, or has another target"

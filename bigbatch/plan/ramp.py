@@ -30,12 +30,12 @@ def check_ramp(config: RunConfig) -> None:
         raise ConfigError(f"duration = {config.duration}: with decay.by=batch steps differ in size; use ep or ex")
 
 
-def batch_ramp(batch: int, *, limit: int | None, factor: float, milestones: Sequence[int], total: int) -> BatchSchedule:
-    """``batch``, times 1/factor at each of the ``milestones`` (samples) until a growth would pass ``limit``.
+def batch_ramp(batch: m.Batch, *, factor: float, milestones: Sequence[int], total: int) -> BatchSchedule:
+    """The global batch, times 1/factor at each of the ``milestones`` (samples) until a growth would pass batch.max.
 
-    Raises ConfigError where 1/factor is not whole, the limit leaves no growth, or a batch passes the run's ``total``.
+    Raises ConfigError where 1/factor is not whole, batch.max leaves no growth, or a batch passes the run's ``total``.
     """
-    inverse = 1 / Fraction(factor)
+    first, limit, inverse = batch.global_, batch.max, 1 / Fraction(factor)
     growth = round(inverse)
     if growth < 2 or not math.isclose(growth / inverse, 1, rel_tol=1e-6):
         legal = sorted({max(2, math.floor(inverse)), max(2, math.ceil(inverse))})
@@ -43,12 +43,12 @@ def batch_ramp(batch: int, *, limit: int | None, factor: float, milestones: Sequ
             f"decay.factor = {factor:g}: with decay.by=batch the batch grows by 1/factor, a whole number from 2 on; "
             f"nearest legal: {' or '.join(f'{1 / k:.7g} ({k} times)' for k in legal)}"
         )
-    if limit is not None and limit < batch * growth:
+    if limit is not None and limit < first * growth:
         raise ConfigError(
-            f"batch.max = {limit}: a batch.global of {batch} cannot grow {growth} times; use at least "
-            f"{batch * growth}, or decay.by=lr without batch.max"
+            f"batch.max = {limit}: a batch.global of {first} cannot grow {growth} times; use at least "
+            f"{first * growth}, or decay.by=lr without batch.max"
         )
-    stages = [(0, batch)]
+    stages = [(0, first)]
     for milestone in milestones:
         grown = stages[-1][1] * growth
         if limit is not None and grown > limit:

@@ -80,11 +80,12 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
         source = f"{GOYAL}, section 2.2" if schedule.warmup_kind == "gradual" else "He et al. 2016, arXiv:1512.03385"
         decide("warmup", f"{schedule.warmup} samples", f"{kind} from {schedule.start:g} to {schedule.peak:g}", source)
         decide("warmup_steps", warmup_steps, "first step that starts after the warmup's samples")
-    why = ", ".join(f"{k} {v}" for k, v in schedule.options.items()) or "no options"
+    why, source = ", ".join(f"{k} {v}" for k, v in schedule.options.items()) or "no options", "recipe"
     if config.decay.by == "batch":
         falls = schedule.at(clock.total - 1) < schedule.peak
-        why += f"; the rate stays at its peak{', and falls once the batch is at batch.max' if falls else ''}"
-    decide("decay", schedule.decay, why, SMITH if config.decay.by == "batch" else "recipe")
+        then = " until the batch would pass batch.max, then it falls" if falls else ""
+        why, source = f"{why}; the rate stays at its peak{then}", SMITH
+    decide("decay", schedule.decay, why, source)
     stop = clock.part("run.stop_after", config.run.stop_after) if config.run.stop_after else clock.total
     if stop < clock.total:
         decide("stop", f"{stop} samples", f"run.stop_after {config.run.stop_after}: saves and stops, to go on later")
@@ -190,8 +191,8 @@ class _Clock:
             return clock
         options = _decay_options(config, clock, 0)
         milestones = options.get("at") or range(options["every"], total, options["every"])
-        limit, factor = config.batch.max, options["factor"]
-        return replace(clock, batches=batch_ramp(batch, limit=limit, factor=factor, milestones=milestones, total=total))
+        ramp = batch_ramp(config.batch, factor=options["factor"], milestones=milestones, total=total)
+        return replace(clock, batches=ramp)
 
     def interval(self, key: str, duration: Duration) -> int:
         """Samples from one event to the next."""

@@ -37,7 +37,7 @@ def starts(result: Plan) -> list[int]:
 def ramps(draw: st.DrawFn) -> dict[str, Any]:
     total = draw(st.integers(100, 3000))
     at = sorted(draw(st.sets(st.integers(1, total - 1), min_size=1, max_size=5)))
-    kinds = {"step": {"every": f"{at[-1]}ex"}, "multistep": {"at": [f"{s}ex" for s in at]}}
+    kinds = {"step": {"every": f"{at[0]}ex"}, "multistep": {"at": [f"{s}ex" for s in at]}}
     kind = draw(st.sampled_from(sorted(kinds)))
     decay = {"kind": kind, **kinds[kind], "factor": draw(st.sampled_from([0.5, 0.2, 1 / 3])), "by": "batch"}
     batch = {"global": draw(st.integers(1, 20)), "max": draw(st.integers(100, 1000))}
@@ -88,7 +88,7 @@ def test_at_the_largest_batch_the_rate_falls() -> None:
     at = (5_000, 39_999, 40_000, 69_999, 70_000, 90_000)
     assert [result.batch(s) for s in at] == [64, 64, 128, 128, 128, 128]
     assert [result.lr(s) for s in at] == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.05, 0.025])
-    assert "falls once the batch is at batch.max" in next(d.why for d in result.decisions if d.what == "decay")
+    assert "until the batch would pass batch.max" in next(d.why for d in result.decisions if d.what == "decay")
 
 
 def test_a_step_may_start_before_a_milestone_and_end_after_it() -> None:

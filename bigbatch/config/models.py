@@ -31,6 +31,7 @@ class Batch(Section):
     global_: Positive = Field(alias="global", le=2**31, description="Samples per optimiser step, over all processes.")
     micro: Positive | Literal["auto"] = Field("auto", description="Samples per process and backward pass.")
     micro_limit: Positive = Field(2048, description="Largest micro batch that `auto` may choose.")
+    max: Positive | None = Field(None, description="Largest global batch of decay.by=batch; then the rate falls.")
 
 
 # --------------------------------------------------------------------------------------------- optimiser
@@ -143,7 +144,7 @@ class Warmup(Section):
 
 
 class _Decay(Section):
-    by: Literal["lr"] = "lr"
+    by: Literal["lr", "batch"] = Field("lr", description="`batch` (step, multistep): grow the batch by 1/factor.")
 
 
 class Constant(_Decay):

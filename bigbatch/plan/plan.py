@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from bigbatch.schedules import LrSchedule
+from bigbatch.schedules import BatchSchedule, LrSchedule
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,16 @@ class PlanWarning:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every number of a run. Lengths are in samples of the training part unless the name says steps or epochs."""
+    """Every number of a run. Lengths are in samples of the training part unless the name says steps or epochs.
+
+    ``global_batch`` and ``accumulation`` are the first stage's where the batch grows.
+    """
 
     world_size: int
     global_batch: int
     micro_batch: int
     accumulation: int
+    batches: BatchSchedule
     bn_span: int | None
     bn_groups_fixed: bool
     dataset_size: int
@@ -64,12 +68,16 @@ class Plan:
         """Samples of a batch-norm group where the recipe fixes it; None where it follows the micro batch."""
         return self.bn_span if self.bn_groups_fixed else None
 
+    def batch(self, samples: int) -> int:
+        """Global batch of the step that starts after ``samples``."""
+        return self.batches.at(samples)
+
     def window(self, samples: int) -> int:
         """Samples of the step that starts after ``samples``: the global batch, or what is left of epoch or run."""
         left = self.samples - samples
         if self.last == "short":
             left = min(left, self.epoch_samples - samples % self.epoch_samples)
-        return min(self.global_batch, left)
+        return min(self.batch(samples), left)
 
     def lr(self, samples: int) -> float:
         """Learning rate of the step that starts after ``samples``."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bigbatch.config import ConfigError, Duration, RunConfig
 from bigbatch.config import models as m
-from bigbatch.schedules import LrSchedule, lr_scale
+from bigbatch.schedules import BatchSchedule, LrSchedule, lr_scale
 from bigbatch.schedules.scaling import SOURCES
 
 from .layout import choose_micro, choose_span
 from .plan import Decision, Plan
+from .ramp import SMITH, batch_ramp, check_ramp
 from .warn import plan_warnings
 
 GOYAL = "Goyal et al. 2017, arXiv:1706.02677"
@@ -21,6 +23,7 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
     """Decide everything. ``dataset_size`` counts training samples. Raises ConfigError for what cannot be met."""
     _check_world(config, world_size)
     _check_clip(config)
+    check_ramp(config)
     clock = _Clock.of(config, dataset_size)
     decisions: list[Decision] = []
 
@@ -48,7 +51,18 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
     if clip.kind != "none":
         decide("clip", f"{clip.kind} {clip.max:g}", "once per update, over the gradient summed over processes")
     decide("samples", clock.total, f"duration {config.duration} of {dataset_size} training samples")
-    decide("steps", clock.steps, f"windows of {batch}; data.last is {config.data.last}: {clock.last_why}")
+    stages = clock.batches.stages
+    if len(stages) > 1:
+        decide(
+            "batch_ramp",
+            " → ".join([str(batch), *(f"{grown} at {start} samples" for start, grown in stages[1:])]),
+            f"decay.by batch: grows {stages[1][1] // batch} times where the rate would fall; accumulation "
+            f"{stages[-1][1] // (micro * world_size)} in the last stage",
+            SMITH,
+        )
+    windows = f"{batch} to {stages[-1][1]}" if len(stages) > 1 else str(batch)
+    steps = clock.steps_until(clock.total)
+    decide("steps", steps, f"windows of {windows}; data.last is {config.data.last}: {clock.last_why}")
 
     schedule, scale = _rate(config, clock)
     base = config.optim.lr
@@ -66,7 +80,12 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
         source = f"{GOYAL}, section 2.2" if schedule.warmup_kind == "gradual" else "He et al. 2016, arXiv:1512.03385"
         decide("warmup", f"{schedule.warmup} samples", f"{kind} from {schedule.start:g} to {schedule.peak:g}", source)
         decide("warmup_steps", warmup_steps, "first step that starts after the warmup's samples")
-    decide("decay", schedule.decay, ", ".join(f"{k} {v}" for k, v in schedule.options.items()) or "no options")
+    why, source = ", ".join(f"{k} {v}" for k, v in schedule.options.items()) or "no options", "recipe"
+    if config.decay.by == "batch":
+        falls = schedule.at(clock.total - 1) < schedule.peak
+        then = " until the batch would pass batch.max, then it falls" if falls else ""
+        why, source = f"{why}; the rate stays at its peak{then}", SMITH
+    decide("decay", schedule.decay, why, source)
     stop = clock.part("run.stop_after", config.run.stop_after) if config.run.stop_after else clock.total
     if stop < clock.total:
         decide("stop", f"{stop} samples", f"run.stop_after {config.run.stop_after}: saves and stops, to go on later")
@@ -84,12 +103,13 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
         global_batch=batch,
         micro_batch=micro,
         accumulation=accumulation,
+        batches=clock.batches,
         bn_span=span,
         bn_groups_fixed=config.norm.kind == "batch" and config.norm.span != "micro",
         dataset_size=dataset_size,
         epoch_samples=clock.epoch,
         last=config.data.last,
-        steps=clock.steps,
+        steps=steps,
         samples=clock.total,
         stop_samples=min(clock.total, stop),
         epochs=clock.total / clock.epoch,
@@ -135,14 +155,15 @@ def _check_clip(config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class _Clock:
-    """Lengths of the run in samples and steps."""
+    """Lengths of the run in samples and steps. ``uneven`` is the setting that makes steps differ in size, if any."""
 
     size: int
     batch: int
     epoch: int
     last: str
     total: int
-    steps: int
+    uneven: str
+    batches: BatchSchedule
 
     @classmethod
     def of(cls, config: RunConfig, size: int) -> _Clock:
@@ -153,7 +174,8 @@ class _Clock:
                 f"use data.last=cross or a batch of at most {size}"
             )
         epoch = size // batch * batch if last == "drop" else size
-        empty = cls(size, batch, epoch, last, 0, 0)
+        uneven = "decay.by=batch" if config.decay.by == "batch" else "data.last=short" if last == "short" else ""
+        empty = cls(size, batch, epoch, last, 0, uneven, BatchSchedule(((0, batch),)))
         try:
             total = empty.samples(config.duration)
         except ValueError as error:
@@ -166,15 +188,18 @@ class _Clock:
             raise ConfigError(
                 f"duration = {config.duration}: {total} samples are less than a batch.global of {batch}; lengthen it"
             )
-        return cls(size, batch, epoch, last, total, empty.steps_until(total))
+        clock = replace(empty, total=total)
+        if config.decay.by == "lr":
+            return clock
+        options = _decay_options(config, clock, 0)
+        milestones = options.get("at") or range(options["every"], total, options["every"])
+        ramp = batch_ramp(config.batch, factor=options["factor"], milestones=milestones, total=total)
+        return replace(clock, batches=ramp)
 
     def interval(self, key: str, duration: Duration) -> int:
         """Samples from one event to the next."""
-        if duration.unit == "st" and self.last == "short":
-            if duration.value != 1:
-                raise ConfigError(
-                    f"{key} = {duration}: with data.last=short steps differ in size; use 1st, or ep, ex or %"
-                )
+        if duration.unit == "st" and self.uneven:
+            self._one_step(key, duration)
             return 1
         return self.part(key, duration)
 
@@ -182,7 +207,13 @@ class _Clock:
         """A part of the run in samples. ConfigError names ``key`` where it has no length."""
         if not duration.value:
             raise ConfigError(f"{key} = {duration}: must be longer than 0")
+        if duration.unit == "st" and self.uneven == "decay.by=batch":
+            self._one_step(key, duration)
         return self.samples(duration, whole=True)
+
+    def _one_step(self, key: str, duration: Duration) -> None:
+        if duration.value != 1:
+            raise ConfigError(f"{key} = {duration}: with {self.uneven} steps differ in size; use 1st, or ep, ex or %")
 
     def samples(self, duration: Duration, *, whole: bool = False) -> int:
         """A duration in samples; a percentage is one of the ``whole`` run."""
@@ -197,7 +228,7 @@ class _Clock:
         if self.last == "short":
             epochs, rest = divmod(samples, self.epoch)
             return epochs * math.ceil(self.epoch / self.batch) + math.ceil(rest / self.batch)
-        return math.ceil(samples / self.batch)
+        return self.batches.before(samples)[0]
 
     @property
     def last_why(self) -> str:
@@ -219,6 +250,8 @@ def _rate(config: RunConfig, clock: _Clock) -> tuple[LrSchedule, float]:
     warmup = _warmup_samples(config, clock)
     start = {"base": config.optim.lr, "zero": 0.0}.get(str(config.warmup.start), config.warmup.start)
     decay, options = config.decay.kind, _decay_options(config, clock, warmup)
+    if config.decay.by == "batch":
+        options["grown"] = len(clock.batches.stages) - 1
     return (
         LrSchedule(
             peak=peak,
@@ -254,7 +287,7 @@ def _warmup_samples(config: RunConfig, clock: _Clock) -> int:
     return samples
 
 
-def _decay_options(config: RunConfig, clock: _Clock, warmup: int) -> dict[str, object]:
+def _decay_options(config: RunConfig, clock: _Clock, warmup: int) -> dict[str, Any]:
     """The decay's own options, with every duration in samples."""
     decay = config.decay
 

@@ -27,16 +27,18 @@ def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
                 "1e-4 to 5e-4 is usual (arXiv:1708.03888)"
             ),
         )
-    short = plan.samples % batch if plan.last == "cross" else plan.epoch_samples % batch
-    if short and plan.last != "drop":
+    end = plan.samples if plan.last == "cross" else plan.epoch_samples
+    _, last = plan.batches.before(end)
+    if end - last < plan.batch(last) and plan.last != "drop":
         which = "the run's last window" if plan.last == "cross" else "each epoch's last window"
-        yield "short_last_window", f"{which} has {short} of {batch} samples; it counts as a full step at the full rate"
-    if batch > 0.1 * plan.dataset_size:
-        share = batch / plan.dataset_size
-        yield (
-            "large_share_of_data",
-            f"a batch is {share:.0%} of the {plan.dataset_size} training samples; few steps are left",
-        )
+        of = f"{end - last} of {plan.batch(last)} samples"
+        yield "short_last_window", f"{which} has {of}; it counts as a full step at the full rate"
+    largest = plan.batches.stages[-1][1]
+    if largest > 0.1 * plan.dataset_size:
+        what = f"the largest batch of the ramp, {largest}," if largest > batch else "a batch"
+        share = f"{largest / plan.dataset_size:.0%} of the {plan.dataset_size} training samples"
+        way_out = " (arXiv:1711.00489 asks B ≪ N); batch.max limits it" if largest > batch else ""
+        yield "large_share_of_data", f"{what} is {share}; few steps are left{way_out}"
     if plan.lr_scale > 32:
         yield (
             "lr_scaled_above_32",
@@ -71,7 +73,7 @@ def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
             "tiny_micro_batch",
             f"batch.global has no larger micro batch than {plan.micro_batch}; one with more divisors is faster",
         )
-    if plan.bn_span and not plan.bn_groups_fixed and plan.world_size * plan.accumulation > 1:
+    if plan.bn_span and not plan.bn_groups_fixed and largest > plan.micro_batch:
         yield (
             "span_follows_micro",
             (

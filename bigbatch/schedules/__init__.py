@@ -1,6 +1,7 @@
-"""Pure functions of the clock: learning-rate scaling, warmup and decay. Imports no torch."""
+"""Pure functions of the clock: learning-rate scaling, warmup, decay and batch ramp. Imports no torch."""
 
+from .batch import BatchSchedule
 from .rate import LrSchedule
 from .scaling import lr_scale
 
-__all__ = ["LrSchedule", "lr_scale"]
+__all__ = ["BatchSchedule", "LrSchedule", "lr_scale"]

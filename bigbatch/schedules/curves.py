@@ -25,14 +25,14 @@ def poly(p: float, *, power: float = 2.0, end: float = 0.0) -> float:
     return float(end + (1.0 - end) * (1.0 - p) ** power)
 
 
-def step(s: int, *, every: int, factor: float) -> float:
-    """factor^⌊s / every⌋."""
-    return float(factor ** (s // every))
+def step(s: int, *, every: int, factor: float, grown: int = 0) -> float:
+    """factor^⌊s / every⌋; the first ``grown`` milestones grow the batch and leave the rate."""
+    return float(factor ** max(0, s // every - grown))
 
 
-def multistep(s: int, *, at: Sequence[int], factor: float) -> float:
-    """factor^(number of milestones reached); ``at`` in ascending samples."""
-    return float(factor ** bisect_right(at, s))
+def multistep(s: int, *, at: Sequence[int], factor: float, grown: int = 0) -> float:
+    """factor^(number of milestones reached); ``at`` in ascending samples, ``grown`` as for ``step``."""
+    return float(factor ** max(0, bisect_right(at, s) - grown))
 
 
 def exponential(s: int, *, every: int, factor: float) -> float:

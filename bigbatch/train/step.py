@@ -25,7 +25,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     """
     plan, runtime, task = parts.plan, parts.runtime, parts.task
     size, lr = plan.window(samples), plan.lr(samples)
-    pieces = my_pieces(parts, size)
+    pieces = my_pieces(parts, samples)
     batches: Iterable[dict[str, Tensor]] = (parts.loader.train(shift(piece, samples)) for piece in pieces)
     weight: float | Tensor = size
     if not task.weight_is_count:
@@ -69,12 +69,12 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     return StepReport(loss=mean, lr=lr, grad_norm=norm, global_batch=size, skipped=not finite)
 
 
-def my_pieces(parts: Parts, size: int) -> list[range]:
-    """This process's part of each micro-step of a window of ``size`` samples, as positions in the window."""
+def my_pieces(parts: Parts, samples: int) -> list[range]:
+    """This process's part of each micro-step of the window after ``samples`` samples, as positions in the window."""
     plan = parts.plan
-    rows = shares(
-        size, micro=plan.micro_batch, world_size=plan.world_size, accumulation=plan.accumulation, span=plan.span
-    )
+    micro, world_size = plan.micro_batch, plan.world_size
+    accumulation = plan.batch(samples) // (micro * world_size)
+    rows = shares(plan.window(samples), micro=micro, world_size=world_size, accumulation=accumulation, span=plan.span)
     return [row[parts.runtime.rank] for row in rows]
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch.schedules import LrSchedule, curves, lr_scale
+from bigbatch.schedules import BatchSchedule, LrSchedule, curves, lr_scale
 
 
 def test_scaling_rules() -> None:
@@ -105,3 +105,13 @@ def test_where_each_decay_counts_from(decay: str, options: dict[str, float], exp
         options=options,  # type: ignore[arg-type]
     )
     assert schedule.at(200) == pytest.approx(expected)
+
+
+@given(st.dictionaries(st.integers(1, 100), st.integers(1, 40), max_size=5), st.integers(1, 40), st.integers(1, 150))
+def test_steps_before_a_sample_are_those_of_a_walk(later: dict[int, int], first: int, samples: int) -> None:
+    """Whatever the stages: closer than a batch, and with smaller batches too."""
+    schedule = BatchSchedule(((0, first), *sorted(later.items())))
+    seen = [0]
+    while seen[-1] < samples:
+        seen.append(seen[-1] + schedule.at(seen[-1]))
+    assert schedule.before(samples) == (len(seen) - 1, seen[-2])

@@ -28,7 +28,7 @@ def one_step(rank: int, micro: int) -> tuple[dict[str, torch.Tensor], list[int],
     report = train_step(parts, samples=960, want_loss=True)
     seen = [
         int(i)
-        for piece in my_pieces(parts, 96)
+        for piece in my_pieces(parts, 960)
         for i in parts.loader.stream.locate(range(960 + piece.start, 960 + piece.stop))[0]
     ]
     assert report.loss is not None

@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("path", help="run directory or checkpoint directory")
     evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the run's")
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation")
-    verify = verb("verify", _verify, "Run the first steps in several layouts, in fp64, and tell whether they are the same run.")
+    verify = verb(
+        "verify", _verify, "Run the first steps in several layouts, in fp64, and tell whether they are the same run."
+    )
     verify.add_argument(
         "--layouts", default="1x1,1x4,2x2,4x1", help="processes x accumulation, compared with the first (%(default)s)"
     )

@@ -158,7 +158,7 @@ def _job(config: RunConfig, layout: Layout, *, steps: int, dataset_size: int) ->
     plan = resolve(config, world_size=layout.processes, dataset_size=dataset_size)
     steps = min(steps, plan.steps)
     start = _start_of_last(plan, steps)
-    end = start + min(plan.window(start), plan.global_batch // 3 + 1)
+    end = start + min(plan.window(start), plan.batch(start) // 3 + 1)
     return config, dataclasses.replace(plan, samples=end, stop_samples=end, steps=steps)
 
 

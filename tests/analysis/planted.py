@@ -1,11 +1,97 @@
-"""Workers of verify with a fault in them."""
+"""Workers of verify, each with a fault that trainers are known to have."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from torch import Tensor, nn
 
 from bigbatch.analysis import Trace, replay
-from bigbatch.analysis import replay as _  # noqa: F401  (the module of the same name is patched below)
+from bigbatch.config import RunConfig
+from bigbatch.dist import Runtime
+from bigbatch.norm import BatchStats
+from bigbatch.plan import Plan
+from bigbatch.tasks import ClassificationTask
+from bigbatch.train import Parts, assemble
+
+
+def mean_of_means(rank: int, config: RunConfig, plan: Plan, *rest: Any) -> Trace:
+    """Every micro batch counts alike, whatever its size."""
+    loss = ClassificationTask.loss
+
+    def mean(task: ClassificationTask, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        total, weight = loss(task, model, batch)
+        return total / weight * plan.micro_batch, weight
+
+    with patch.object(ClassificationTask, "loss", mean):
+        return replay(rank, config, plan, *rest)
+
+
+def seed_per_rank(rank: int, config: RunConfig, *rest: Any) -> Trace:
+    """The sampler of each process shuffles for itself."""
+    return replay(rank, config.model_copy(update={"seed": config.seed + rank}), *rest)
+
+
+def augmentation_seed_per_rank(rank: int, *rest: Any) -> Trace:
+    """The samples are right, and each process changes them by its own dice."""
+
+    def assembled(*args: Any) -> Parts:
+        parts = assemble(*args)
+        parts.loader.seed += rank
+        return parts
+
+    with patch.object(sys.modules["bigbatch.analysis.replay"], "assemble", assembled):
+        return replay(rank, *rest)
+
+
+def statistics_per_micro_batch(rank: int, *rest: Any) -> Trace:
+    """Running statistics move with every forward pass, as nn.BatchNorm's do."""
+    empty = BatchStats.empty
+
+    def commit_first(stats: BatchStats, flag: bool) -> None:
+        seen = {layer.seen for layer in stats._layers.values()} - {0}
+        if seen:
+            stats.commit(seen.pop())
+        empty(stats, flag)
+
+    with patch.object(BatchStats, "empty", commit_first):
+        return replay(rank, *rest)
+
+
+def skipped_sync(rank: int, *rest: Any) -> Trace:
+    """The last micro batch's backward pass does not exchange gradients either."""
+    exchange = Runtime.exchange
+
+    def never(runtime: Runtime, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+        return exchange(runtime, model, when=False) if runtime.world_size > 1 else nullcontext()
+
+    with patch.object(Runtime, "exchange", never):
+        return replay(rank, *rest)
+
+
+def sync_of_the_first_only(rank: int, *rest: Any) -> Trace:
+    """Gradients are exchanged after the first micro batch; later ones stay with their process."""
+    exchange, calls = Runtime.exchange, 0
+
+    def first(runtime: Runtime, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+        nonlocal calls
+        calls = 0 if when else calls + 1
+        return exchange(runtime, model, when=when or calls == 1)
+
+    with patch.object(Runtime, "exchange", first):
+        return replay(rank, *rest)
+
+
+def no_zero_weight(rank: int, *rest: Any) -> Trace:
+    """A process that has no samples trains on its dummy."""
+    mul = Tensor.__mul__
+
+    def unless_zero(tensor: Tensor, other: Any) -> Tensor:
+        return tensor if isinstance(other, int) and other == 0 and tensor.dim() == 0 else mul(tensor, other)
+
+    with patch.object(torch.Tensor, "__mul__", unless_zero):
+        return replay(rank, *rest)

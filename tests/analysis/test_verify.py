@@ -1,0 +1,168 @@
+"""verify tells a recipe that is the same run in every layout from one that is not, and finds planted faults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import planted
+from bigbatch.analysis import Layout, Trace, Verdict, verify
+from bigbatch.cli import main
+from bigbatch.config import ConfigError, RunConfig, merge
+
+BASE: dict[str, Any] = {
+    "duration": "4ep",
+    "batch": {"global": 48},
+    "optim": {"name": "lars", "lr": 1.0, "weight_decay": 5e-4, "trust_coefficient": 0.02},
+    "warmup": {"kind": "gradual", "duration": "20%", "start": "base"},
+    "clip": {"kind": "norm", "max": 1.0},
+    "norm": {"kind": "batch", "span": 6},
+    "task": {"name": "classification", "model": "bigbatch/resnet_small", "options": {"widths": [8, 16]}},
+    "data": {"name": "digits", "augment": {"shift": 1, "erase": 0.5}},
+    "precision": "fp64",
+}
+
+
+def judge(
+    layouts: str = "1x1,2x2", *, steps: int = 4, worker: Callable[..., Trace] | None = None, **sections: Any
+) -> Verdict:
+    return verify(
+        RunConfig.model_validate(merge(BASE, sections)),
+        layouts=[Layout.parse(text) for text in layouts.split(",")],
+        steps=steps,
+        dataset_size=1085,
+        say=lambda text: None,
+        **({"worker": worker} if worker else {}),  # type: ignore[arg-type]
+    )
+
+
+def differing(verdict: Verdict) -> dict[str, str]:
+    """What differs, and where, in the last layout."""
+    return {f.what: str(f.where) for f in verdict.findings if f.where and f.layout == verdict.layouts[-1]}
+
+
+@pytest.mark.parametrize("span", [6, 24])
+def test_the_same_run_in_every_layout(span: int) -> None:
+    """24 is ghost batch norm in 1x1, plain in 1x2 and over two of four processes in 4x1."""
+    layouts = "1x1,1x2,2x1,2x2,4x1" if span == 6 else "1x1,1x2,2x1,4x1"
+    verdict = judge(layouts, norm={"span": span})
+    assert verdict.same and not verdict.notes, verdict.text("")
+    assert (verdict.steps, verdict.last_window) == (4, 17)
+    worst = max(finding.difference for finding in verdict.findings)
+    assert 0 < worst < 1e-11
+    assert "the same run in all layouts" in verdict.text("recipe")
+
+
+def test_dropout_and_stochastic_depth_are_the_same_run_where_they_are_keyed() -> None:
+    model = {"model": "timm/resnet10t", "options": {"drop_rate": 0.2, "drop_path_rate": 0.2}}
+    data = {"name": "synthetic", "shape": [3, 16, 16], "classes": 3, "size": 1085}
+    keyed = judge(steps=2, task=model, data=data, batch={"global": 24}, norm={"span": 2})
+    assert keyed.same and not keyed.notes, keyed.text("")
+    torchs = judge(steps=2, task={**model, "dropout": "torch"}, data=data, batch={"global": 24}, norm={"span": 2})
+    assert not torchs.same and "task.dropout=keyed" in " ".join(torchs.notes)
+    assert not {"sample ids", "inputs"} & differing(torchs).keys()
+
+
+def test_batch_norm_over_the_micro_batch_is_told_with_the_span_to_set() -> None:
+    verdict = judge("1x1,1x2,1x4", norm={"span": "micro"})
+    assert not verdict.same and any("set norm.span=12" in note for note in verdict.notes)
+    assert differing(verdict)["loss"].startswith("step 1:")
+    assert judge("1x1,1x2,1x4", norm={"span": 12}).same
+
+
+def test_without_batch_norm_the_micro_batch_is_no_matter() -> None:
+    verdict = judge(norm={"kind": "group", "span": "micro", "groups": 2})
+    assert verdict.same and not verdict.notes
+
+
+@pytest.mark.parametrize(
+    ("fault", "layouts", "first", "untouched"),
+    [
+        ("mean_of_means", "1x1,2x2", "loss", {"sample ids", "inputs", "learning rate", "ranks"}),
+        ("seed_per_rank", "1x1,2x2", "sample ids", {"learning rate"}),
+        ("augmentation_seed_per_rank", "1x1,2x2", "inputs", {"sample ids", "learning rate", "ranks"}),
+        (
+            "statistics_per_micro_batch", "1x1,1x2", "running statistics",
+            {"sample ids", "inputs", "loss", "gradient norm", "parameters", "ranks"},
+        ),
+        ("skipped_sync", "1x1,2x1", "gradient norm", {"sample ids", "inputs", "learning rate"}),
+        ("sync_of_the_first_only", "1x1,2x4", "gradient norm", {"sample ids", "inputs", "learning rate"}),
+        ("no_zero_weight", "1x1,4x1", "loss", {"sample ids", "inputs", "learning rate", "ranks"}),
+    ],
+)  # fmt: skip
+def test_a_planted_fault_is_found(fault: str, layouts: str, first: str, untouched: set[str]) -> None:
+    verdict = judge(layouts, worker=getattr(planted, fault))
+    found = differing(verdict)
+    assert not verdict.same and next(iter(found)) == first, verdict.text(fault)
+    assert not untouched & found.keys(), verdict.text(fault)
+    assert not verdict.notes
+    assert f"{verdict.layouts[-1]}, {first}: step" in verdict.text("")
+
+
+def test_processes_that_come_apart_are_named() -> None:
+    assert "rank 1 of 2 differs from the others" in differing(judge("1x1,2x1", worker=planted.skipped_sync))["ranks"]
+
+
+def test_in_float32_rounding_is_what_jolted_weights_show() -> None:
+    verdict = judge(steps=8, precision="fp32")
+    assert verdict.same and verdict.layouts == ("1x1", "2x2", "jolted"), verdict.text("")
+    size = {f.layout: f.difference for f in verdict.findings if f.what == "parameters"}
+    assert size["2x2"] > 0 and size["jolted"] > 0
+    faulty = judge(precision="fp32", worker=planted.statistics_per_micro_batch)
+    assert not faulty.same and "running statistics" in {f.what for f in faulty.findings if f.where}
+
+
+RECIPE = json.dumps(BASE)
+
+
+def command(tmp_path: Path, *arguments: str) -> int:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return main(["verify", str(path), "run.dir=never", *arguments])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tmp_path, "precision=bf16") == 2
+    assert "precision=fp64 or fp32" in capsys.readouterr().err
+    assert command(tmp_path, "--layouts", "1x1,2x1", "--steps", "2", "--json", "parallel.expect_world_size=512") == 0
+    said = capsys.readouterr()
+    verdict = json.loads(said.out)
+    assert verdict["same"] and verdict["layouts"] == ["1x1", "2x1"] and verdict["steps"] == 2
+    assert "2x1: 2 steps in" in said.err
+    assert command(tmp_path, "--layouts", "1x1,1x2", "--steps", "2", "norm.span=micro") == 1
+    said = capsys.readouterr()
+    assert "DIFFERS" in said.out and "NOT the same run" in said.out and "set norm.span=24" in said.out
+    assert not Path("never").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layouts", "2"], "'2' is no layout"),
+        (["--layouts", "1x0"], "'1x0' is no layout"),
+        (["--layouts", "1x1,5x1"], "batch.global = 48 does not divide by 5x1"),
+        (["--layouts", "1x1,4x2", "norm.span=16"], "nearest legal"),
+        (["--layouts", "1x1", "task.model=timm/no_such"], "task.model"),
+    ],
+)
+def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert command(tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_not_under_a_launcher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command(tmp_path) == 2
+    assert "starts its own processes" in capsys.readouterr().err
+
+
+def test_a_layout_is_positive() -> None:
+    assert str(Layout.parse(" 12x3 ")) == "12x3"
+    with pytest.raises(ConfigError):
+        Layout.parse("0x1")

@@ -249,6 +249,11 @@ class Augment(Section):
 
 class _Data(Section):
     last: Literal["cross", "short", "drop"] = Field("cross", description="What becomes of an epoch's last window.")
+    shuffle: Positive | Literal["all"] = Field(
+        "all",
+        description="Samples that are shuffled among each other: all, or windows of so many consecutive ones, the windows "
+        "in random order too (for shards that are read as a stream).",
+    )
     augment: Augment = Field(default_factory=lambda: Augment())
     size: Positive | None = Field(None, description="Training samples, where the data is not at hand to count.")
 

@@ -41,7 +41,9 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     stats = BatchStats(model)
     loader = Loader(
         data,
-        stream=Stream(plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples),
+        stream=Stream(
+            plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples, shuffle=config.data.shuffle
+        ),
         augment=config.data.augment,
         seed=config.seed,
         device=runtime.device,

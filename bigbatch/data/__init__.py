@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .augment import augment_images
     from .loader import Batch, Loader
+    from .mix import mix_images, partners
     from .sampler import Stream, order, permute, shares
     from .size import size_of
     from .sources import Dataset, MemoryPart, Part, SyntheticPart, load_data
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _FILES = {
     "augment": ("augment_images",),
     "loader": ("Batch", "Loader"),
+    "mix": ("mix_images", "partners"),
     "sampler": ("Stream", "order", "permute", "shares"),
     "size": ("size_of",),
     "sources": ("Dataset", "MemoryPart", "Part", "SyntheticPart", "load_data"),
@@ -23,7 +25,7 @@ _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
     "Batch", "Dataset", "Loader", "MemoryPart", "Part", "Stream", "SyntheticPart", "augment_images", "load_data",
-    "order", "permute", "shares", "size_of",
+    "mix_images", "order", "partners", "permute", "shares", "size_of",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def order(n: int, *, seed: int, epoch: int) -> Indices:
 
 
 def permute(positions: Indices, n: int, key: int | Indices) -> Indices:
-    """π(positions) for the permutation π of ``range(n)`` that ``key`` picks, int64, in memory and time of the positions.
+    """π(positions) for the permutation π of ``range(n)`` that ``key`` picks, int64; costs what the positions cost.
 
     A Feistel network over the b bits of n - 1, the lower ⌊b/2⌋ in l and the others in h: round i does
     h ← h ⊕ H(i, key + l), or l ← l ⊕ H(i, key + h) if i is odd, H a hash cut to the half's bits. It permutes 2ᵇ < 2n

@@ -122,7 +122,7 @@ def test_a_big_dataset_needs_no_memory():
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
     assert epoch.tolist() == [0] * 2048 + [1] * 2048
-    assert len(set(index.tolist())) == 4096 and 0 <= index.min() and index.max() < 10**12
+    assert len(set(index.tolist())) == 4096 and index.min() >= 0 and index.max() < 10**12
     assert abs(index.mean() / 10**12 - 0.5) < 4 * 12**-0.5 / 4096**0.5
     assert np.array_equal(stream.locate(np.array([10**12 + 7]))[0], index[2055:2056])
 

@@ -40,8 +40,8 @@ def mix_images(
       cut to the image, and 1 elsewhere; s is the mean of m.
 
     With both, each sample takes one of them with probability 1/2. Differs from the papers: partners are neighbours in
-    the window and not a permutation of the batch, and a sample draws its own λ and box, where the papers' code draws
-    one for the batch. λ is Beta's inverse distribution function at a keyed draw.
+    the window, which is in random order, and not a permutation of the batch; a sample draws its own λ and box, where
+    the papers' code draws one for the batch. λ is Beta's inverse distribution function at a keyed draw.
 
     image, other: (B, C, H, W), float, normalised, both overwritten; epoch, index: int64 (B,), on the CPU.
     """

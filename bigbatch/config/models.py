@@ -232,6 +232,7 @@ class Classification(Section):
     model: str = Field(min_length=1, description="`bigbatch/resnet_small` or `timm/NAME`.")
     options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the model.")
     label_smoothing: Fraction1 = 0.0
+    class_weights: tuple[Rate, ...] | None = Field(None, description="A weight for each class; default: 1.")
     channels_last: bool = False
     dropout: Literal["keyed", "torch"] = Field(
         "keyed",
@@ -251,10 +252,17 @@ class Augment(Section):
     shift: Annotated[int, Field(ge=0)] = Field(0, description="Largest shift in pixels, each axis.")
     flip: bool = Field(False, description="Left-right flip of half the samples.")
     erase: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="Probability of erasing a random rectangle.")
+    mixup: Rate = Field(0.0, description="α of mixup, 0 for none (arXiv:1710.09412); with cutmix too, one of the two.")
+    cutmix: Rate = Field(0.0, description="α of CutMix, 0 for none (arXiv:1905.04899).")
 
 
 class _Data(Section):
     last: Literal["cross", "short", "drop"] = Field("cross", description="What becomes of an epoch's last window.")
+    shuffle: Positive | Literal["all"] = Field(
+        "all",
+        description="Samples that are shuffled among each other: all, or windows of so many consecutive ones, the "
+        "windows in random order too (for shards that are read as a stream).",
+    )
     augment: Augment = Field(default_factory=lambda: Augment())
     size: Positive | None = Field(None, description="Training samples, where the data is not at hand to count.")
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .augment import augment_images
     from .loader import Batch, Loader
-    from .sampler import Stream, order, shares
+    from .mix import mix_images, partners
+    from .sampler import Stream, order, permute, shares
     from .size import size_of
     from .sources import Dataset, MemoryPart, Part, SyntheticPart, load_data
 
 _FILES = {
     "augment": ("augment_images",),
     "loader": ("Batch", "Loader"),
-    "sampler": ("Stream", "order", "shares"),
+    "mix": ("mix_images", "partners"),
+    "sampler": ("Stream", "order", "permute", "shares"),
     "size": ("size_of",),
     "sources": ("Dataset", "MemoryPart", "Part", "SyntheticPart", "load_data"),
 }
@@ -23,7 +25,7 @@ _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
     "Batch", "Dataset", "Loader", "MemoryPart", "Part", "Stream", "SyntheticPart", "augment_images", "load_data",
-    "order", "shares", "size_of",
+    "mix_images", "order", "partners", "permute", "shares", "size_of",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from bigbatch.config.models import Augment
 from bigbatch.keyed import uniform
 
 _DRAWS = 8
-_DY, _DX, _FLIP, _ERASE, _AREA, _ASPECT, _TOP, _LEFT = range(_DRAWS)  # further kinds go on from 8
+_DY, _DX, _FLIP, _ERASE, _AREA, _ASPECT, _TOP, _LEFT = range(_DRAWS)  # mix.py goes on from 8
 
 
 def augment_images(images: Tensor, *, config: Augment, seed: int, epoch: Tensor, index: Tensor) -> Tensor:
@@ -60,13 +60,18 @@ def _erase(images: Tensor, u: Tensor, *, probability: float) -> Tensor:
     h, w = images.shape[2:]
     area = (0.02 + 0.31 * u[_AREA]) * h * w
     aspect = torch.exp((2 * u[_ASPECT] - 1) * math.log(0.3))
-    inside = []
+    within = []
     for side, length, place in ((h, (area * aspect).sqrt(), u[_TOP]), (w, (area / aspect).sqrt(), u[_LEFT])):
         extent = length.round().clamp(1, side)
         start = (place * (side - extent + 1)).floor()
-        where = torch.arange(side, device=images.device)
-        inside.append((where >= start[:, None]) & (where < (start + extent)[:, None]))
-    rows, columns = inside[0] & (u[_ERASE] < probability)[:, None], inside[1]
+        within.append(inside(side, start=start, extent=extent))
+    rows, columns = within[0] & (u[_ERASE] < probability)[:, None], within[1]
     # an outer product of bytes: four times quicker than one of booleans, and than filling under a mask
     erased = rows.byte()[:, None, :, None] * columns.byte()[:, None, None, :]
     return images * (1 - erased)
+
+
+def inside(side: int, *, start: Tensor, extent: Tensor) -> Tensor:
+    """Which of ``side`` pixels lie in [start, start + extent): bool (B, side)."""
+    where = torch.arange(side, device=start.device)
+    return (where >= start[:, None]) & (where < (start + extent)[:, None])

@@ -11,6 +11,7 @@ from torch import Tensor
 from bigbatch.config.models import Augment
 
 from .augment import augment_images
+from .mix import mix_images, partners
 from .sampler import Stream
 from .sources import Dataset, Part
 
@@ -19,7 +20,8 @@ Batch = dict[str, Tensor]
 
 class Loader:
     """Batches of a dataset: ``image`` (B, C, H, W) of ``dtype``, (x/255 - mean)/std; ``label``, ``index`` and ``epoch``
-    int64 (B,). All on ``device``.
+    int64 (B,). All on ``device``. Where training images are mixed, ``label2``, the partner's label, int64 (B,), and
+    ``share``, the weight of ``label`` beside it, float (B,).
 
     Raises ValueError if ``data.augment.shift`` could move an image out of its frame.
     """
@@ -39,19 +41,32 @@ class Loader:
         scale, shift = 1 / (255 * dataset.std), -dataset.mean / dataset.std
         self._scale, self._shift = (t.to(device, self._work)[:, None, None] for t in (scale, shift))
 
-    def train(self, positions: range) -> Batch:
+    def train(self, positions: range, *, window: range | None = None) -> Batch:
         """The samples at ``positions`` of the stream, augmented.
+
+        Partners to mix with are found in ``window``, the positions of the whole step; default: ``positions``. One that
+        is not in ``positions`` is loaded and augmented here too, so that nothing has to be sent.
 
         An empty range gives one sample, the part's first, for a process that must take part and counts for nothing:
         weigh it with zero.
         """
-        if positions:
-            index, epoch = (torch.from_numpy(array) for array in self.stream.locate(positions))
+        mixing = self.augment.mixup > 0 or self.augment.cutmix > 0
+        near, partner = partners(positions, window or positions) if mixing else (positions, None)
+        if near:
+            index, epoch = (torch.from_numpy(array) for array in self.stream.locate(near))
         else:
             index = epoch = torch.zeros(1, dtype=torch.int64)
         image, label = self.dataset.train.gather(index)
         image = augment_images(image, config=self.augment, seed=self.seed, epoch=epoch, index=index)
-        return self._batch(image, label, index, epoch)
+        image = self._normalised(image)
+        if partner is None:
+            return self._batch(image, label, index, epoch)
+        first = positions.start - near.start
+        own = slice(first, first + len(partner))
+        index, epoch = index[own], epoch[own]
+        other = image.index_select(0, partner.to(self.device))
+        image, share = mix_images(image[own], other, config=self.augment, seed=self.seed, epoch=epoch, index=index)
+        return self._batch(image, label[own], index, epoch, label2=label[partner], share=share)
 
     def evaluate(
         self, part: Literal["train", "validation", "test"], *, rank: int, world_size: int, batch: int
@@ -65,10 +80,11 @@ class Loader:
         for low in range(start, stop, batch):
             index = torch.arange(low, min(low + batch, stop))
             image, label = data.gather(index)
-            yield self._batch(image, label, index, torch.zeros_like(index))
+            yield self._batch(self._normalised(image), label, index, torch.zeros_like(index))
 
-    def _batch(self, image: Tensor, label: Tensor, index: Tensor, epoch: Tensor) -> Batch:
-        parts = {"image": image, "label": label, "index": index, "epoch": epoch}
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in parts.items()}
-        batch["image"] = batch["image"].to(self._work).mul_(self._scale).add_(self._shift).to(self.dtype)
-        return batch
+    def _normalised(self, image: Tensor) -> Tensor:
+        return image.to(self.device, non_blocking=True).to(self._work).mul_(self._scale).add_(self._shift)
+
+    def _batch(self, image: Tensor, label: Tensor, index: Tensor, epoch: Tensor, **more: Tensor) -> Batch:
+        parts = {"image": image.to(self.dtype), "label": label, "index": index, "epoch": epoch, **more}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in parts.items()}

@@ -18,17 +18,33 @@ OWN = "bigbatch/resnet_small"
 class ClassificationTask:
     """Cross entropy over K classes with label smoothing ε (Szegedy et al. 2016, arXiv:1512.00567):
 
-    ℓ = -Σₖ qₖ log pₖ, qₖ = (1 - ε)·[k = label] + ε/K.
+    ℓ(label) = -Σₖ wₖ qₖ log pₖ, qₖ = (1 - ε)·[k = label] + ε/K.
 
-    Every sample weighs 1. Metrics: ``loss``, the mean cross entropy without smoothing, and ``accuracy``, from 0 to 1.
+    A sample weighs w_label. Without ``class_weights`` every w is 1; with them and ε it is torch's definition: a
+    class's weight multiplies its own term of the sum, and Σ w_label divides. A mixed sample, with ``label2`` and
+    ``share`` s, has the loss s·ℓ(label) + (1 - s)·ℓ(label2), and the weight likewise. A window of weight 0 has no
+    finite gradient, so its step is skipped.
+
+    Metrics, without smoothing and weights: ``loss``, the mean cross entropy, and ``accuracy``, from 0 to 1.
+
+    Raises ValueError if there is not one class weight for each class, or all are 0.
     """
 
     sums = ("loss", "correct", "weight")
     metric_names = ("loss", "accuracy")
-    weight_is_count = True
 
     def __init__(self, config: Classification, *, shape: tuple[int, int, int], classes: int) -> None:
+        weights = config.class_weights
+        if weights is not None and (len(weights) != classes or not any(weights)):
+            found = f"{len(weights)} weights for {classes} classes" if len(weights) != classes else "nothing weighs"
+            raise ValueError(
+                f"task.class_weights = {list(weights)}: {found}; give one for each class, some above 0, or remove it"
+            )
         self.config, self.shape, self.classes = config, shape, classes
+
+    @property
+    def weight_is_count(self) -> bool:
+        return self.config.class_weights is None
 
     def build_model(self) -> nn.Module:
         """The model of ``task.model`` with ``task.options``, tried on one blank image.
@@ -89,23 +105,40 @@ class ClassificationTask:
             )
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        smoothing = self.config.label_smoothing
-        logits = self._logits(model, batch)
-        return F.cross_entropy(logits, batch["label"], reduction="sum", label_smoothing=smoothing), self.weight(batch)
+        smoothing, logits = self.config.label_smoothing, self._logits(model, batch)
+        weight = self._class_weights(logits)
+        if "share" in batch:
+            first, second = (
+                F.cross_entropy(logits, batch[name], weight=weight, reduction="none", label_smoothing=smoothing)
+                for name in ("label", "label2")
+            )
+            loss = (batch["share"] * first + (1 - batch["share"]) * second).sum()
+        else:
+            loss = F.cross_entropy(logits, batch["label"], weight=weight, reduction="sum", label_smoothing=smoothing)
+        return loss, self.weight(batch)
 
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
-        image = batch["image"]
+        image, label = batch["image"], batch["label"]
         dtype = torch.promote_types(image.dtype, torch.float32)
-        return torch.full((), len(image), dtype=dtype, device=image.device)
+        weight = self._class_weights(torch.empty((), dtype=dtype, device=image.device))
+        if weight is None:
+            return torch.full((), len(image), dtype=dtype, device=image.device)
+        if "share" in batch:
+            return (batch["share"] * weight[label] + (1 - batch["share"]) * weight[batch["label2"]]).sum()
+        return weight[label].sum()
+
+    def _class_weights(self, like: Tensor) -> Tensor | None:
+        weights = self.config.class_weights
+        return None if weights is None else like.new_tensor(weights)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss, correct answers and weight; the caller has put the model in the mode it wants."""
+        """Loss, correct answers and their number; the caller has put the model in the mode it wants."""
         logits, label = self._logits(model, batch).double(), batch["label"]
         return {
             "loss": F.cross_entropy(logits, label, reduction="sum"),
             "correct": (logits.argmax(1) == label).sum().double(),
-            "weight": self.weight(batch).double(),
+            "weight": logits.new_full((), len(label)),
         }
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:

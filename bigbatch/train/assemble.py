@@ -43,7 +43,9 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     optimizer = build_optimizer(config.optim, model)
     loader = Loader(
         data,
-        stream=Stream(plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples),
+        stream=Stream(
+            plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples, shuffle=config.data.shuffle
+        ),
         augment=config.data.augment,
         seed=config.seed,
         device=runtime.device,

@@ -25,8 +25,8 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     """
     plan, runtime, task = parts.plan, parts.runtime, parts.task
     size, lr = plan.window(samples), plan.lr(samples)
-    pieces = my_pieces(parts, samples)
-    batches: Iterable[dict[str, Tensor]] = (parts.loader.train(shift(piece, samples)) for piece in pieces)
+    pieces, window = my_pieces(parts, samples), shift(range(size), samples)
+    batches: Iterable[dict[str, Tensor]] = (parts.loader.train(shift(p, samples), window=window) for p in pieces)
     weight: float | Tensor = size
     if not task.weight_is_count:
         batches = list(batches)

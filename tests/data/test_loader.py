@@ -102,8 +102,8 @@ def test_shift_out_of_the_frame(digits):
 
 @pytest.mark.gpu
 def test_batch_on_a_gpu_equals_that_on_the_cpu(digits):
-    device = torch.device("cuda")
-    here, there = (loader(digits, device=d).train(range(64)) for d in (CPU, device))
+    device, augment = torch.device("cuda"), EVERYTHING.model_copy(update={"mixup": 0.3, "cutmix": 1.0})
+    here, there = (loader(digits, augment=augment, device=d).train(range(65)) for d in (CPU, device))
     assert all(t.device.type == "cuda" for t in there.values())
-    assert all(torch.equal(here[name], there[name].cpu()) for name in ("label", "index", "epoch"))
+    assert all(torch.equal(here[name], there[name].cpu()) for name in ("label", "label2", "index", "epoch", "share"))
     torch.testing.assert_close(there["image"].cpu(), here["image"], rtol=1e-12, atol=1e-12)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
-from itertools import pairwise
+import tracemalloc
+from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
-from bigbatch.data import Stream, order, shares
+from bigbatch.data import Stream, order, permute, shares
+from bigbatch.keyed import fold, hashed
 
 
 @given(st.integers(1, 300), st.integers(0, 2**32 - 1), st.integers(0, 10**6))
@@ -27,6 +31,33 @@ def test_order_is_the_same_on_every_machine():
     assert order(10, seed=7, epoch=3).tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
 
 
+def permuted(n, *, seed, epoch):
+    return permute(np.arange(n), n, fold(seed, epoch))
+
+
+@given(st.integers(1, 300), st.integers(0, 2**32 - 1), st.integers(0, 10**6), st.data())
+def test_permute_is_a_permutation_and_a_pure_function_of_each_place(n, seed, epoch, data):
+    whole = permuted(n, seed=seed, epoch=epoch)
+    assert whole.dtype == np.int64
+    assert np.array_equal(np.sort(whole), np.arange(n))
+    some = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=5)), dtype=np.int64)
+    assert np.array_equal(permute(some, n, fold(seed, epoch)), whole[some])
+    other = permuted(n, seed=seed, epoch=epoch + 1)
+    words = np.array([fold(seed, epoch + int(p) % 2) for p in some], dtype=np.int64)
+    assert np.array_equal(permute(some, n, words), np.where(some % 2, other[some], whole[some]))
+
+
+def test_permute_differs_by_seed_and_by_epoch():
+    orders = {(s, e): permuted(50, seed=s, epoch=e).tobytes() for s in range(4) for e in range(4)}
+    assert len(set(orders.values())) == 16
+
+
+def test_permute_is_the_same_on_every_machine():
+    assert permuted(10, seed=7, epoch=3).tolist() == [1, 7, 5, 3, 8, 2, 0, 9, 6, 4]
+    last = np.arange(10**12 - 3, 10**12)
+    assert permute(last, 10**12, fold(7, 3)).tolist() == [702139370936, 165816783801, 50508782494]
+
+
 def test_every_place_gets_every_sample_equally_often():
     trials, n = 3000, 6
     counts = np.zeros((n, n))
@@ -34,6 +65,20 @@ def test_every_place_gets_every_sample_equally_often():
         counts[np.arange(n), order(n, seed=1, epoch=epoch)] += 1
     expected = trials / n
     assert ((counts - expected) ** 2 / expected).sum() < 54.05  # χ², 25 degrees of freedom, p = 0.0007
+
+
+@pytest.mark.parametrize("n", [3, 5, 6, 9, 16, 25])
+def test_permute_sends_every_place_and_every_pair_everywhere_equally_often(n):
+    trials = 40_000
+    words = hashed(5, torch.arange(trials)).numpy()
+    visited = [permute(np.full(trials, place), n, words) for place in range(n)]
+    counts = np.stack([np.bincount(there, minlength=n) for there in visited])
+    expected = trials / n
+    # rows and columns of the counts add up, which leaves (n - 1)² degrees of freedom
+    assert chi2.sf((n - 1) / n * ((counts - expected) ** 2 / expected).sum(), (n - 1) ** 2) > 0.0007
+    pairs = np.bincount(visited[1] * n + visited[2], minlength=n * n)[~np.eye(n, dtype=bool).flatten()]
+    expected = trials / (n * (n - 1))
+    assert chi2.sf(((pairs - expected) ** 2 / expected).sum(), n * (n - 1) - 1) > 0.0007
 
 
 @given(st.integers(1, 40), st.data())
@@ -68,6 +113,44 @@ def test_stream_sorts_an_epoch_once_and_keeps_two(monkeypatch):
         stream.locate(range(start, start + 3))
     assert made == list(range(6))
     assert len(stream._orders) == 2
+
+
+def test_a_big_dataset_needs_no_memory():
+    tracemalloc.start()
+    stream = Stream(10**12, seed=0, epoch_samples=10**12)
+    index, epoch = stream.locate(range(10**12 - 2048, 10**12 + 2048))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert epoch.tolist() == [0] * 2048 + [1] * 2048
+    assert len(set(index.tolist())) == 4096 and index.min() >= 0 and index.max() < 10**12
+    assert abs(index.mean() / 10**12 - 0.5) < 4 * 12**-0.5 / 4096**0.5
+    assert np.array_equal(stream.locate(np.array([10**12 + 7]))[0], index[2055:2056])
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 5), st.data())
+def test_windows_are_shuffled_and_stay_together(size, window, epoch, data):
+    stream = Stream(size, seed=3, epoch_samples=size, shuffle=window)
+    index, _ = stream.locate(range(epoch * size, (epoch + 1) * size))
+    assert np.array_equal(np.sort(index), np.arange(size))
+    if window >= size:
+        assert np.array_equal(index, order(size, seed=3, epoch=epoch))
+    runs = [number for number, _ in groupby((index // window).tolist())]
+    assert len(runs) == -(-size // window)
+    start = data.draw(st.integers(0, size - 1))  # nor does it matter who asks for which part
+    part, _ = stream.locate(range(epoch * size + start, (epoch + 1) * size))
+    assert np.array_equal(part, index[start:])
+
+
+def test_the_order_of_windows_and_that_within_them_is_random():
+    trials, size, window = 400, 10, 4
+    first, within = np.zeros(3), np.zeros((4, 4))
+    stream = Stream(size, seed=1, epoch_samples=size, shuffle=window)
+    for epoch in range(trials):
+        index, _ = stream.locate(range(epoch * size, (epoch + 1) * size))
+        first[index[0] // window] += 1
+        within[np.arange(4), index[index // window == 1] % window] += 1
+    assert ((first - trials / 3) ** 2 / (trials / 3)).sum() < 14.5  # χ², 2 degrees of freedom, p = 0.0007
+    assert ((within - trials / 4) ** 2 / (trials / 4)).sum() < 28.7  # χ², 9 degrees of freedom, p = 0.0007
 
 
 # ------------------------------------------------------------------------------------------------ shares

@@ -53,6 +53,7 @@ CASES = {
         ["norm.span", "64"],
     ),
     "shift out of the frame": (["data.augment.shift=8"], ["data.augment.shift", "8"]),
+    "class weights of other classes": (["task.class_weights=[1, 2]"], ["task.class_weights", "2 weights", "10"]),
     "run directory in a file": (["run.dir=/dev/null/run"], ["run.dir", "/dev/null/run", "another directory"]),
     "batch norm over other rows": (
         ["task.model=timm/levit_128s", "data={name: synthetic, shape: [3, 224, 224]}", "batch.global=4"],

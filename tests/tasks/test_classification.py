@@ -84,6 +84,50 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(sizes, smoothing):
     assert joined == pytest.approx(at_once, rel=1e-12)
 
 
+WEIGHTS = [0.5, 2.0, 0.0, 1.0, 3.0, 1.0, 1.0, 0.25, 1.0, 1.5]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_weights_and_mixing_are_the_formula(smoothing, weights):
+    torch.manual_seed(0)
+    logits, labels, others = torch.randn(5, 10, dtype=torch.float64), [3, 0, 2, 9, 1], [0, 2, 2, 4, 1]
+    share = torch.tensor([0.25, 1.0, 0.5, 0.0, 0.7], dtype=torch.float64)
+    judge, w = task(label_smoothing=smoothing, class_weights=weights), weights or [1.0] * 10
+    log_p = logits.log_softmax(1).tolist()
+
+    def entropy(i, label):
+        return -sum(w[k] * ((1 - smoothing) * (k == label) + smoothing / 10) * log_p[i][k] for k in range(10))
+
+    plain = numbered(labels)
+    mixed = {**plain, "label2": torch.tensor(others), "share": share}
+    expected = [(entropy(i, a), w[a]) for i, a in enumerate(labels)]
+    blended = [
+        (s * entropy(i, a) + (1 - s) * entropy(i, b), s * w[a] + (1 - s) * w[b])
+        for i, (a, b, s) in enumerate(zip(labels, others, share.tolist(), strict=True))
+    ]
+    for batch, pairs in ((plain, expected), (mixed, blended)):
+        loss, weight = judge.loss(Table(logits), batch)
+        assert (loss.item(), weight.item()) == pytest.approx(tuple(map(sum, zip(*pairs, strict=True))), rel=1e-12)
+        assert torch.equal(weight, judge.weight(batch)) and weight.dtype == torch.float64
+    assert judge.weight_is_count is (weights is None)
+    if weights:
+        mean = nn.functional.cross_entropy(logits, plain["label"], torch.tensor(w).double(), label_smoothing=smoothing)
+        loss, weight = judge.loss(Table(logits), plain)
+        torch.testing.assert_close(loss / weight, mean, rtol=1e-12, atol=0)
+    sums, even = (some.evaluate(Table(logits), plain) for some in (judge, task()))
+    assert sums == even
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [([1.0] * 9, "9 weights for 10 classes"), ([], "0 weights for 10 classes"), ([0.0] * 10, "nothing weighs")],
+)
+def test_class_weights_that_do_not_fit(weights, reason):
+    with pytest.raises(ValueError, match=rf"task\.class_weights = \[.*\]: {reason}; give one for each class"):
+        task(class_weights=weights)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_evaluation_is_without_smoothing_and_in_float64(dtype):
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.5], [0.0, 0.0, 4.0]], dtype=dtype)

@@ -27,7 +27,7 @@ class Trace:
 
     ids: (sample, epoch) of the window's samples in the window's order, int64 (N, 2), whoever had them; inputs: a hash
     of all else that the model was given of each, int64 (N,). parameters, statistics: the relative difference from the
-    reference and the tensor that differs most, where there are any. ranks: how the processes came apart.
+    reference and the tensor that differs most, where there are any. ranks: when and how the processes came apart.
     """
 
     ids: list[Tensor] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Trace:
     grad_norm: list[float] = field(default_factory=list)
     parameters: list[tuple[float, str]] = field(default_factory=list)
     statistics: list[tuple[float, str]] = field(default_factory=list)
-    ranks: str | None = None
+    ranks: tuple[int, str] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,7 +83,8 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
         trace.loss.append(math.nan if report.loss is None else report.loss)
         trace.grad_norm.append(report.grad_norm)
         weights: dict[str, Tensor] = dict(parts.model.named_parameters())
-        trace.ranks = trace.ranks or _odd_rank(parts, clock, weights)
+        if not trace.ranks and (odd := _odd_rank(parts, clock, weights)):
+            trace.ranks = clock.step, odd
         running: dict[str, Tensor] = {}
         if clock.step == 1 or clock.samples >= plan.samples:
             parts.stats.merge(runtime.sum, rank)
@@ -104,7 +105,7 @@ def _odd_rank(parts: Parts, clock: Clock, tensors: dict[str, Tensor]) -> str | N
     try:
         check_ranks(parts, clock, tensors)
     except RunError as error:
-        return str(error)
+        return str(error).partition(": ")[2]
     return None
 
 

@@ -50,12 +50,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Finding:
-    """How far a layout is from the first one in one respect; ``where`` says it of the first step beyond rounding."""
+    """How far a layout is from the first in one respect; where that is no rounding, its first such step, and what."""
 
     what: str
     layout: str
     difference: float
-    where: str | None
+    step: int | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Verdict:
 
     @property
     def same(self) -> bool:
-        return all(finding.where is None for finding in self.findings)
+        return all(finding.step is None for finding in self.findings)
 
     def to_json(self) -> str:
         return json.dumps({**dataclasses.asdict(self), "same": self.same}, indent=2, ensure_ascii=False)
@@ -84,7 +85,8 @@ class Verdict:
         for what in whats:
             row = (cells[what, name] for name in self.layouts)
             lines.append(f"{what:<{width}}" + "".join(f"{_cell(finding):>10}" for finding in row))
-        lines += [f"{f.layout}, {f.what}: {f.where}" for f in self.findings if f.where]
+        far = sorted((f for f in self.findings if f.step), key=lambda f: (self.layouts.index(f.layout), f.step))
+        lines += [f"{f.layout}, step {f.step}: {f.what}: {f.where}" for f in far]
         lines += [f"note: {note}" for note in self.notes]
         fine = f"differences above {self.tolerance:g} are no rounding"
         if JOLTED in self.layouts:
@@ -95,7 +97,7 @@ class Verdict:
 
 
 def _cell(finding: Finding) -> str:
-    if finding.where:
+    if finding.step:
         return "DIFFERS"
     return f"{finding.difference:.1e}" if finding.difference else "equal"
 
@@ -175,21 +177,26 @@ def _compare(
     """In the order in which one thing follows from another: the first row that differs is nearest to the cause."""
 
     def equal(what: str, tell: Callable[[int], str | None]) -> Finding:
-        told = (tell(step) for step in range(len(known.lr)))
-        where = next((f"step {step}: {text}" for step, text in enumerate(told, 1) if text), None)
-        return Finding(what, layout, math.inf if where else 0.0, where)
+        told = enumerate((tell(step) for step in range(len(known.lr))), 1)
+        return next((Finding(what, layout, math.inf, step, text) for step, text in told if text), same(what))
+
+    def same(what: str) -> Finding:
+        return Finding(what, layout, 0.0)
 
     def near(what: str, sizes: list[tuple[float, str]]) -> Finding:
         limits = [max(tolerance, CHAOS * size) for size in accumulate((size for size, _ in chaos.get(what, ())), max)]
         steps = enumerate(zip(sizes, limits or [tolerance] * len(sizes), strict=True), 1)
-        far = (f"step {step}: {text}, relatively {size:.1e}" for step, ((size, text), limit) in steps if size > limit)
-        return Finding(what, layout, max(size for size, _ in sizes), None if layout == JOLTED else next(far, None))
+        worst = max(size for size, _ in sizes)
+        if layout == JOLTED:
+            return Finding(what, layout, worst)
+        far = ((step, f"{text}, relatively {size:.1e}") for step, ((size, text), limit) in steps if size > limit)
+        return Finding(what, layout, worst, *next(far, ()))
 
     return [
         equal("sample ids", lambda step: _other_sample(ours.ids[step], known.ids[step])),
         equal("inputs", lambda step: _other_input(ours.inputs[step], known.inputs[step])),
         *(near(what, sizes) for what, sizes in _differences(ours, known).items()),
-        Finding("ranks", layout, math.inf if ours.ranks else 0.0, ours.ranks),
+        Finding("ranks", layout, math.inf, *ours.ranks) if ours.ranks else same("ranks"),
     ]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,11 +126,18 @@ def _in_memory(train: MemoryPart, validation: MemoryPart, test: MemoryPart, *, c
 
 def _digits() -> Dataset:
     """1,797 digits, 1 × 8 × 8; of each class, in the file's order, every fifth tests, the one before it validates."""
-    from sklearn.datasets import load_digits
+    package = find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    if file.is_file():
+        table = np.loadtxt(file, delimiter=",")
+    else:  # importing all of scikit-learn takes seconds in every process
+        from sklearn.datasets import load_digits
 
-    raw = load_digits()
-    images = torch.from_numpy(raw.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(raw.target).long()
+        table = np.column_stack(load_digits(return_X_y=True))
+    values = torch.from_numpy(table)
+    images = values[:, :-1].mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    labels = values[:, -1].long()
     place = torch.empty_like(labels)  # within the class
     for digit in range(10):
         place[labels == digit] = torch.arange(int((labels == digit).sum()))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ("torch", "torch.distributed", "accelerate")
+PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "accelerate")  # torch's optimisers import dynamo
 
 
 class RankError(RuntimeError):

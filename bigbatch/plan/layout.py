@@ -24,8 +24,11 @@ def legal_spans(micro: int, world_size: int) -> list[int]:
     return sorted({*divisors(micro), *(micro * q for q in divisors(world_size))})
 
 
-def choose_micro(batch: Batch, norm: Norm, *, world_size: int) -> tuple[int, str]:
-    """The micro batch and why; ConfigError where the global batch cannot be cut as asked."""
+def choose_micro(batch: Batch, norm: Norm, *, world_size: int, debug: bool = False) -> tuple[int, str]:
+    """The micro batch and why; ConfigError where the global batch cannot be cut as asked.
+
+    In ``debug`` mode one process replays a run of many, and takes a whole batch-norm group of theirs at a time.
+    """
     total = batch.global_
     if total % world_size:
         near = nearest(total, [total // world_size * world_size or world_size, (total // world_size + 1) * world_size])
@@ -33,14 +36,16 @@ def choose_micro(batch: Batch, norm: Norm, *, world_size: int) -> tuple[int, str
             f"batch.global = {total}: does not divide over {world_size} processes; use {near} or other processes"
         )
     share = total // world_size
+    span = norm.span if norm.kind == "batch" and norm.span != "micro" else None
     if batch.micro != "auto":
         if share % batch.micro:
             raise ConfigError(
                 f"batch.micro = {batch.micro}: {world_size} processes × micro batch × accumulation must equal "
                 f"batch.global = {total}; use batch.micro={nearest(batch.micro, divisors(share))} or auto"
             )
+        if debug and span and span % batch.micro == 0 and span > batch.micro and share % span == 0:
+            return span, f"batch.micro {batch.micro}, in debug mode as often as norm.span has it"
         return batch.micro, "batch.micro"
-    span = norm.span if norm.kind == "batch" and norm.span != "micro" else None
     sizes = [size for size in divisors(share) if size <= batch.micro_limit]
     fitting = [size for size in sizes if span is None or span in legal_spans(size, world_size)]
     if not fitting:

@@ -31,7 +31,7 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
         decisions.append(Decision(what, f"{value:g}" if isinstance(value, float) else str(value), why, source))
 
     batch = config.batch.global_
-    micro, why = choose_micro(config.batch, config.norm, world_size=world_size)
+    micro, why = choose_micro(config.batch, config.norm, world_size=world_size, debug=config.debug)
     accumulation = batch // (micro * world_size)
     decide(
         "global_batch",
@@ -131,7 +131,8 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
 
 
 def _check_world(config: RunConfig, world_size: int) -> None:
-    expected = config.parallel.expect_world_size
+    # Debug mode is one process that stands for all of a larger run's.
+    expected = None if config.debug else config.parallel.expect_world_size
     if expected is not None and world_size != expected:
         raise ConfigError(
             f"parallel.expect_world_size = {expected}: {world_size} processes were started; start {expected} "

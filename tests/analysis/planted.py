@@ -73,16 +73,16 @@ def skipped_sync(rank: int, *rest: Any) -> Trace:
         return replay(rank, *rest)
 
 
-def sync_of_the_first_only(rank: int, *rest: Any) -> Trace:
-    """Gradients are exchanged after the first micro batch; later ones stay with their process."""
-    exchange, calls = Runtime.exchange, 0
+def sync_of_the_first(rank: int, *rest: Any) -> Trace:
+    """Gradients are exchanged with the first micro batch instead of the last; later ones stay with their process."""
+    exchange, first = Runtime.exchange, True
 
-    def first(runtime: Runtime, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
-        nonlocal calls
-        calls = 0 if when else calls + 1
-        return exchange(runtime, model, when=when or calls == 1)
+    def early(runtime: Runtime, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+        nonlocal first
+        now, first = first, when
+        return exchange(runtime, model, when=now)
 
-    with patch.object(Runtime, "exchange", first):
+    with patch.object(Runtime, "exchange", early):
         return replay(rank, *rest)
 
 

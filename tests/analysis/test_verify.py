@@ -21,7 +21,7 @@ BASE: dict[str, Any] = {
     "warmup": {"kind": "gradual", "duration": "20%", "start": "base"},
     "clip": {"kind": "norm", "max": 1.0},
     "norm": {"kind": "batch", "span": 6},
-    "task": {"name": "classification", "model": "bigbatch/resnet_small", "options": {"widths": [8, 16]}},
+    "task": {"name": "classification", "model": "bigbatch/resnet_small"},
     "data": {"name": "digits", "augment": {"shift": 1, "erase": 0.5}},
     "precision": "fp64",
 }
@@ -41,8 +41,9 @@ def judge(
 
 
 def differing(verdict: Verdict) -> dict[str, str]:
-    """What differs, and where, in the last layout."""
-    return {f.what: str(f.where) for f in verdict.findings if f.where and f.layout == verdict.layouts[-1]}
+    """What differs in the last layout, the earliest first, and where."""
+    found = [f for f in verdict.findings if f.step and f.layout == verdict.layouts[-1]]
+    return {f.what: f"step {f.step}: {f.where}" for f in sorted(found, key=lambda f: f.step or 0)}
 
 
 @pytest.mark.parametrize("span", [6, 24])
@@ -90,7 +91,7 @@ def test_without_batch_norm_the_micro_batch_is_no_matter() -> None:
             {"sample ids", "inputs", "loss", "gradient norm", "parameters", "ranks"},
         ),
         ("skipped_sync", "1x1,2x1", "gradient norm", {"sample ids", "inputs", "learning rate"}),
-        ("sync_of_the_first_only", "1x1,2x4", "gradient norm", {"sample ids", "inputs", "learning rate"}),
+        ("sync_of_the_first", "1x1,2x4", "gradient norm", {"sample ids", "inputs", "learning rate"}),
         ("no_zero_weight", "1x1,4x1", "loss", {"sample ids", "inputs", "learning rate", "ranks"}),
     ],
 )  # fmt: skip
@@ -100,7 +101,7 @@ def test_a_planted_fault_is_found(fault: str, layouts: str, first: str, untouche
     assert not verdict.same and next(iter(found)) == first, verdict.text(fault)
     assert not untouched & found.keys(), verdict.text(fault)
     assert not verdict.notes
-    assert f"{verdict.layouts[-1]}, {first}: step" in verdict.text("")
+    assert f"{verdict.layouts[-1]}, {found[first].partition(':')[0]}: {first}: " in verdict.text("")
 
 
 def test_processes_that_come_apart_are_named() -> None:
@@ -112,8 +113,8 @@ def test_in_float32_rounding_is_what_jolted_weights_show() -> None:
     assert verdict.same and verdict.layouts == ("1x1", "2x2", "jolted"), verdict.text("")
     size = {f.layout: f.difference for f in verdict.findings if f.what == "parameters"}
     assert size["2x2"] > 0 and size["jolted"] > 0
-    faulty = judge(precision="fp32", worker=planted.statistics_per_micro_batch)
-    assert not faulty.same and "running statistics" in {f.what for f in faulty.findings if f.where}
+    faulty = judge("1x1,2x2", precision="fp32", worker=planted.mean_of_means)
+    assert not faulty.same and "loss" in {f.what for f in faulty.findings if f.step}
 
 
 RECIPE = json.dumps(BASE)

@@ -27,7 +27,7 @@ class SpanBatchNorm(_BatchNorm):
     Every sample must pass once per forward pass, as the first dimension of x.
 
     x is (n, C, L...) in float32, float64, or bf16 or fp16 beside float32 parameters; its memory format is kept.
-    Raises ValueError for a ``momentum`` of None, or a group of one value.
+    Raises ValueError for a ``momentum`` of None, or groups of one value.
     """
 
     running_mean: Tensor
@@ -77,12 +77,14 @@ class SpanBatchNorm(_BatchNorm):
         samples, span = len(x), self.span
         groups = max(1, samples // span)
         values = x[0, 0].numel()
+        if span * values == 1:
+            raise ValueError(f"norm.span = 1: no statistics of one value a channel in {tuple(x.shape)}; use 2 or more")
+        if samples * values == 1:
+            return self._groups(x, rows=1, samples=1)  # a lone last sample is its own mean; torch's kernel refuses it
         if groups == 1:
             # Views with version counters of their own: backward does not read these buffers, which others change.
             mean, var = self.pending_mean.data, self.pending_var.data
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, self._share(samples), self.eps)
-        if span * values == 1:
-            raise ValueError(f"norm.span = 1: no statistics of one value a channel in {tuple(x.shape)}; use 2 or more")
         in_place = x.is_contiguous() and values >= FEWEST_VALUES
         last = samples - (groups - 1) * span
         if x.is_cpu and not in_place:

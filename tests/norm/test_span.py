@@ -201,8 +201,6 @@ def test_state_dict_is_torchs() -> None:
 def test_groups_of_one_value_and_other_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"norm\.span = 1"):
         layer(3, 1)(random(4, 3))
-    with pytest.raises(ValueError, match="more than 1 value"):
-        layer(3, 4)(random(1, 3))
     with pytest.raises(ValueError, match="momentum = None"):
         SpanBatchNorm(3, span=4, momentum=None)
     with pytest.raises(ValueError, match="samples, channels"):
@@ -236,3 +234,16 @@ def test_gpu_equals_cpu_without_waiting(
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
     close([t.cpu().double() for t in results], expected, tolerance)
     close(ours.running_var.cpu().double(), exact.running_var, min(tolerance, 1e-4))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1)])
+def test_a_lone_last_sample_is_its_own_mean(shape: tuple[int, ...]) -> None:
+    """A window of one sample, of a 1 × 1 map, where larger groups are the rule: y = β, no gradient to x or γ."""
+    ours = layer(3, 8)
+    stats = BatchStats(ours)
+    y, dx, dgamma, dbeta = run(ours, random(1, *shape), torch.ones(1, *shape).double(), *ours.parameters())
+    close(y.flatten(), ours.bias.detach())
+    close((dx, dgamma), (torch.zeros_like(dx), torch.zeros_like(dgamma)))
+    close(dbeta, torch.ones(3).double())
+    stats.commit(1)
+    assert ours.running_mean.isfinite().all() and (ours.running_var == 0.9).all()

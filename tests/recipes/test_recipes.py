@@ -36,6 +36,17 @@ def test_plan_is_golden(path: Path) -> None:
     assert json.loads(text) == json.loads(file.read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("path", RECIPES, ids=IDS)
+def test_the_batch_norm_span_fits_every_layout_of_verify(path: Path, world: int, accumulation: int) -> None:
+    config = load_config(path)
+    micro = config.batch.global_ // world // accumulation
+    config = load_config(path, [f"batch.micro={micro}"])
+    plan = resolve(config, world_size=world, dataset_size=SIZES[path.parent.name])
+    assert (plan.accumulation, plan.bn_span) == (accumulation, config.norm.span)
+    assert plan.bn_groups_fixed
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=IDS)
 def test_header_has_command_and_receipt(path: Path) -> None:
     header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))

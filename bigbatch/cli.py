@@ -123,14 +123,18 @@ def _plan(args: argparse.Namespace) -> int:
 
 def make_plan(config: RunConfig, *, world_size: int) -> Plan:
     """The plan of a recipe whose data says how large it is. Raises ConfigError."""
-    from bigbatch.data import size_of
     from bigbatch.plan import resolve
 
+    return resolve(config, world_size=world_size, dataset_size=_size(config))
+
+
+def _size(config: RunConfig) -> int:
+    from bigbatch.data import size_of
+
     try:
-        size = size_of(config.data)
+        return size_of(config.data)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return resolve(config, world_size=world_size, dataset_size=size)
 
 
 def show_plan(plan: Plan) -> None:
@@ -199,7 +203,7 @@ def _verify(args: argparse.Namespace) -> int:
         raise ConfigError(f"WORLD_SIZE = {_world_size()}: verify starts its own processes; run it without a launcher")
     here = ("debug=false", "parallel.expect_world_size=null")
     config = load_config(args.config, ["precision=fp64", *args.overrides, *here])
-    plan = make_plan(config, world_size=1)
+    size = _size(config)
 
     from bigbatch.analysis import Layout, verify
     from bigbatch.dist import RankError
@@ -209,7 +213,7 @@ def _verify(args: argparse.Namespace) -> int:
             config,
             layouts=[Layout.parse(text) for text in args.layouts.split(",")],
             steps=args.steps,
-            dataset_size=plan.dataset_size,
+            dataset_size=size,
             say=lambda text: print(f"\r{text}", file=sys.stderr),
         )
     except RankError as error:

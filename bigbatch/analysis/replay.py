@@ -27,7 +27,8 @@ class Trace:
 
     ids: (sample, epoch) of the window's samples in the window's order, int64 (N, 2), whoever had them; inputs: a hash
     of all else that the model was given of each, int64 (N,). parameters, statistics: the relative difference from the
-    reference and the tensor that differs most, where there are any. ranks: when and how the processes came apart.
+    reference, and in words where it is largest; 0 and no words where there are no such tensors. ranks: when and how the
+    processes came apart.
     """
 
     ids: list[Tensor] = field(default_factory=list)
@@ -66,10 +67,8 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if role == "jolted":
-        with torch.no_grad():
-            torch._foreach_mul_(
-                list(parts.model.parameters()), [1 + JOLT * torch.randn_like(p) for p in parts.model.parameters()]
-            )
+        for parameter in parts.model.parameters():
+            parameter.data *= 1 + JOLT * torch.randn_like(parameter)
     recorder = _Recorder(parts.loader)
     parts = dataclasses.replace(parts, loader=recorder)
     trace, clock = Trace(notes=tuple(warning.message for warning in parts.warnings)), Clock()
@@ -110,16 +109,15 @@ def _odd_rank(parts: Parts, clock: Clock, tensors: dict[str, Tensor]) -> str | N
 
 
 def _difference(ours: dict[str, Tensor], known: dict[str, Tensor]) -> tuple[float, str]:
-    """‖a - b‖/‖b‖ over all tensors together, and the name of the one that differs most for its size."""
+    """‖a - b‖/‖b‖ over all tensors together, and the one that differs most for its size, by how much."""
     if not ours:
         return 0.0, ""
     pairs = [(name, tensor.detach().double(), known[name].double()) for name, tensor in ours.items()]
     away = torch.stack([(a - b).norm() for _, a, b in pairs])
     size = torch.stack([b.norm() for _, _, b in pairs])
-    if not away.any():
-        return 0.0, pairs[0][0]
-    total = float(away.norm() / size.norm())
-    return math.inf if math.isnan(total) else total, pairs[int((away / size).nan_to_num(0).argmax())][0]
+    each, total = (away / size).nan_to_num(0, posinf=math.inf), float(away.norm() / size.norm())
+    worst = int(each.argmax())
+    return math.inf if math.isnan(total) else total, f"most in {pairs[worst][0]} ({float(each[worst]):.1e})"
 
 
 class _Recorder(Loader):

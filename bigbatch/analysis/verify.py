@@ -189,7 +189,9 @@ def _compare(
         worst = max(size for size, _ in sizes)
         if layout == JOLTED:
             return Finding(what, layout, worst)
-        far = ((step, f"{text}, relatively {size:.1e}") for step, ((size, text), limit) in steps if size > limit)
+        far = (
+            (step, f"{text}; relative difference {size:.1e}") for step, ((size, text), limit) in steps if size > limit
+        )
         return Finding(what, layout, worst, *next(far, ()))
 
     return [
@@ -204,14 +206,14 @@ def _differences(ours: Trace, known: Trace) -> dict[str, list[tuple[float, str]]
     """What is compared up to rounding: the relative difference at each step, and what differs."""
 
     def numbers(mine: list[float], its: list[float]) -> list[tuple[float, str]]:
-        return [(_relative(a, b), f"{a:.9g} is not {b:.9g}") for a, b in zip(mine, its, strict=True)]
+        return [(_relative(a, b), f"{a:.9g} instead of {b:.9g}") for a, b in zip(mine, its, strict=True)]
 
     return {
         "learning rate": numbers(ours.lr, known.lr),
         "loss": numbers(ours.loss, known.loss),
         "gradient norm": numbers(ours.grad_norm, known.grad_norm),
-        "parameters": [(size, f"most in {name}") for size, name in ours.parameters],
-        "running statistics": [(size, f"most in {name}") for size, name in ours.statistics],
+        "parameters": ours.parameters,
+        "running statistics": ours.statistics,
     }
 
 

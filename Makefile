@@ -4,11 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup test lint demo clean
+STEPS ?= 20
+
+.PHONY: help setup test lint demo verify clean
 
 help:
 	@echo 'make test    lint, type check and run all tests'
 	@echo 'make demo    train digits at batch 32 and at batch 512 with LARS, and compare'
+	@echo 'make verify  prove that the recipes are the same run in every layout (STEPS=$(STEPS))'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   the virtual environment alone (PYTHON=$(PYTHON), VENV=$(VENV))'
 	@echo 'make clean   remove the virtual environment, caches and demo runs'
@@ -31,6 +34,11 @@ test: lint
 
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+
+verify: $(READY)
+	@for recipe in configs/digits/*_*.yaml configs/fashion_mnist/*_*.yaml; do \
+		$(BIN)/bigbatch verify $$recipe --steps $(STEPS) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) runs/demo .mypy_cache .pytest_cache .ruff_cache

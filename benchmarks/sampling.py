@@ -3,7 +3,8 @@
     python benchmarks/sampling.py [--steps 7] [--pairs 100]
 
 Fashion-MNIST at batch 4,096 on one process. First the time in which a step learns which samples it sees, as a share of
-the step; then a batch with keyed augmentation beside one whose draws come from torch.rand, in alternating pairs.
+the step; then, in alternating pairs, a batch with keyed augmentation beside one whose draws come from torch.rand, and
+forward and backward passes with keyed dropout beside torch's.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
+import timm
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn import functional as F
 
 from bigbatch.config import load_config
 from bigbatch.config.models import Augment
 from bigbatch.data import Loader, Stream, augment, mix, size_of
 from bigbatch.dist import Runtime
+from bigbatch.dropout import KeyedDropout
 from bigbatch.keyed import uniform
 from bigbatch.plan import resolve
 from bigbatch.train import Parts, assemble, train_step
@@ -60,7 +65,7 @@ def sampling(parts: Parts, steps: int) -> Table:
         stream = Stream(size, seed=0, epoch_samples=size, shuffle=shuffle)
 
         def look_up(at: int, stream: Stream = stream) -> None:
-            for piece in my_pieces(parts, BATCH):
+            for piece in my_pieces(parts, at):
                 stream.locate(shift(piece, at))
 
         times = [seconds(look_up, at) for at in range(0, 3 * parts.plan.dataset_size, BATCH)]
@@ -98,6 +103,37 @@ def augmentation(parts: Parts, pairs: int) -> Table:
     return table
 
 
+def dropout(pairs: int) -> Table:
+    title = f"forward and backward passes, {pairs} pairs"
+    table = Table("dropout", "keyed ms", "torch ms", "median ratio", "quartiles", title=title)
+    x = torch.rand(32, 197, 192, requires_grad=True)
+    rates = {"img_size": 32, "patch_size": 4, "drop_path_rate": 0.1, "proj_drop_rate": 0.1}
+    models = {
+        "F.dropout of 32 × 197 × 192": (lambda: F.dropout(x, 0.1).sum().backward(), 32),
+        "ViT-tiny, 16 images, 65 tokens, paths and projections": (_passes(**rates), 16),
+        "the same, and attention": (_passes(**rates, attn_drop_rate=0.1), 16),
+    }
+    for name, (work, samples) in models.items():
+        keyed = KeyedDropout(0)
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for pair in range(-2, pairs):
+            for own in (pair % 2 == 0, pair % 2 != 0):
+                with keyed.at(pair * samples, samples) if own else nullcontext():
+                    took = seconds(work)
+                if pair >= 0:
+                    times[own].append(took)
+        low, ratio, high = statistics.quantiles([a / b for a, b in zip(*times.values(), strict=True)], n=4)
+        medians = (f"{1000 * statistics.median(values):.1f}" for values in times.values())
+        table.add_row(name, *medians, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}")
+    return table
+
+
+def _passes(**options: object) -> Callable[[], None]:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **options)
+    images = torch.rand(16, 3, 32, 32)
+    return lambda: model(images).sum().backward()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7)
@@ -108,7 +144,7 @@ def main() -> None:
     plan = resolve(config, world_size=1, dataset_size=size_of(config.data))
     with Runtime() as runtime:
         parts = assemble(config, plan, runtime)
-        for table in (sampling(parts, args.steps), augmentation(parts, args.pairs)):
+        for table in (sampling(parts, args.steps), augmentation(parts, args.pairs), dropout(args.pairs // 4)):
             Console().print(table)
 
 

@@ -237,7 +237,7 @@ class Classification(Section):
     dropout: Literal["keyed", "torch"] = Field(
         "keyed",
         description="Masks drawn from (seed, step, position in the global batch), the same in every layout; or torch's "
-        "own, faster, which depend on the micro batch.",
+        "own, which depend on the micro batch and keep attention fused.",
     )
 
 

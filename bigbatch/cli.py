@@ -89,14 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--layouts", default="1x1,1x4,2x2,4x1", help="processes x accumulation, compared with the first (%(default)s)"
     )
-    verify.add_argument("--steps", type=_positive, default=20, help="the last one has a short window (%(default)s)")
+    verify.add_argument(
+        "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
+    )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     return parser
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value

@@ -16,9 +16,8 @@ from torch import Tensor
 from bigbatch.config import ConfigError, RunConfig
 from bigbatch.data import Batch, Loader
 from bigbatch.dist import Runtime
-from bigbatch.keyed import hashed
 from bigbatch.plan import Plan
-from bigbatch.train import Clock, Parts, RunError, assemble, bits, check_ranks, train_step
+from bigbatch.train import Clock, Parts, RunError, assemble, check_ranks, fingerprints, train_step
 
 
 @dataclass
@@ -36,6 +35,7 @@ class Trace:
     lr: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
     parameters: list[tuple[float, str]] = field(default_factory=list)
     statistics: list[tuple[float, str]] = field(default_factory=list)
     ranks: tuple[int, str] | None = None
@@ -47,8 +47,8 @@ class Trace:
         return any(name for _, name in self.statistics)
 
 
-JOLT = 1e-6
-"""Relative change of each initial weight, at random: some units in the last place of float32."""
+JOLT = 8
+"""Relative change of each initial weight, at random, in units of the last place."""
 
 Role = Literal["reference", "layout", "jolted"]
 
@@ -68,7 +68,7 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
         raise ConfigError(str(error)) from None
     if role == "jolted":
         for parameter in parts.model.parameters():
-            parameter.data *= 1 + JOLT * torch.randn_like(parameter)
+            parameter.data *= 1 + JOLT * torch.finfo(parameter.dtype).eps * torch.randn_like(parameter)
     recorder = _Recorder(parts.loader)
     parts = dataclasses.replace(parts, loader=recorder)
     trace, clock = Trace(notes=tuple(warning.message for warning in parts.warnings)), Clock()
@@ -81,13 +81,15 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
         trace.lr.append(report.lr)
         trace.loss.append(math.nan if report.loss is None else report.loss)
         trace.grad_norm.append(report.grad_norm)
+        trace.skipped.append(report.skipped)
         weights: dict[str, Tensor] = dict(parts.model.named_parameters())
         if not trace.ranks and (odd := _odd_rank(parts, clock, weights)):
             trace.ranks = clock.step, odd
         running: dict[str, Tensor] = {}
         if clock.step == 1 or clock.samples >= plan.samples:
             parts.stats.merge(runtime.sum, rank)
-            running = {name: tensor for name, tensor in parts.model.state_dict().items() if name not in weights}
+            buffers = dict(parts.model.named_buffers())
+            running = {name: tensor for name, tensor in parts.model.state_dict().items() if name in buffers}
         if rank == 0:
             file = folder / f"{clock.step}.safetensors"
             if role == "reference":
@@ -145,9 +147,9 @@ class _Recorder(Loader):
 
 
 def _hash(batch: Batch) -> Tensor:
-    """int64 (B,): of the bits of each sample's part of every tensor but ``index`` and ``epoch``."""
-    total = torch.zeros_like(batch["index"])
-    for number, name in enumerate(sorted(batch.keys() - {"index", "epoch"})):
-        flat = bits(batch[name]).flatten(1) if batch[name].dim() > 1 else bits(batch[name])[:, None]
-        total += (flat * hashed(number, torch.arange(flat.shape[1], device=flat.device))).sum(1)
-    return total
+    """int64 (B,): of each sample's part of every tensor but ``index`` and ``epoch``."""
+    parts = [
+        fingerprints(batch[name].flatten(1) if batch[name].dim() > 1 else batch[name][:, None])
+        for name in sorted(batch.keys() - {"index", "epoch"})
+    ]
+    return fingerprints(torch.stack(parts, 1))

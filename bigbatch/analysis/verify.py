@@ -19,14 +19,18 @@ from torch import Tensor
 from bigbatch.config import ConfigError, RunConfig
 from bigbatch.dist import RankError, run_processes
 from bigbatch.plan import Plan, resolve
+from bigbatch.plan.layout import divisors, nearest
 
 from .replay import Role, Trace, replay
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
 """Largest relative difference that passes for rounding."""
 JOLTED, CHAOS = "jolted", 10.0
-"""In float32 also this many times the difference that rounding of the initial weights alone has made by then: a ReLU
+"""So does this many times the difference that rounding of the initial weights alone has made by then: in float32 a ReLU
 that rounding tips over changes a gradient by a thousandth, and steps at a high rate multiply that."""
+
+Differences = dict[str, list[tuple[float, str]]]
+"""Of each thing compared: the relative difference at each step, and what differs."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,16 @@ class Verdict:
         fine = f"differences above {self.tolerance:g} are no rounding"
         if JOLTED in self.layouts:
             fine = f"rounding is up to {self.tolerance:g}, or {CHAOS:g} times what the jolted weights have made by then"
-        same = "the same run" if self.same else "NOT the same run"
+        same = "the same run" if self.same else "NOT shown to be the same run"
         lines.append(f"{same} in all layouts{': see the note' if self.notes and not self.same else ''} ({fine})")
         return "\n".join(lines)
 
 
 def _cell(finding: Finding) -> str:
     if finding.step:
-        return "DIFFERS"
+        return "NO" if finding.what == "finite" else "DIFFERS"
+    if finding.what == "finite":
+        return "yes"
     return f"{finding.difference:.1e}" if finding.difference else "equal"
 
 
@@ -114,22 +120,28 @@ def verify(
     """Run the first ``steps`` steps in each layout on real gloo processes and hold them against the first layout's.
 
     The rates are those of the whole run; the last of the steps has a short window, of a third of its batch and one.
-    ``config.precision`` is fp64 or fp32, and in fp32 the first layout runs once more from jolted weights, to see what
-    rounding alone does to the recipe. Raises ConfigError for a layout that the recipe cannot have, and RankError where
-    a process fails. ``worker`` is what each process runs.
+    ``config.precision`` is fp64 or fp32. Where something differs by more than its tolerance, the first layout runs once
+    more from jolted weights, to see what rounding alone does to the recipe. Raises ConfigError for a layout that the
+    recipe cannot have, and RankError where a process fails. ``worker`` is what each process runs. The parameters of
+    every step lie in a temporary directory meanwhile.
     """
     if config.precision not in TOLERANCE:
         raise ConfigError(f"precision = {config.precision}: rounds too much to verify with; use precision=fp64 or fp32")
+    if len(set(layouts)) < 2:
+        raise ConfigError("--layouts: nothing to compare; give two or more, such as 1x1,1x4")
+    if steps < 2:
+        raise ConfigError(
+            f"--steps = {steps}: the last window is short, and before it comes a whole one; give 2 or more"
+        )
     jobs = {str(layout): _job(config, layout, steps=steps, dataset_size=dataset_size) for layout in layouts}
     first, *others = jobs
-    roles: dict[str, Role] = {first: "reference", **dict.fromkeys(others, "layout")}
-    if config.precision == "fp32":
-        jobs[JOLTED], roles[JOLTED] = jobs[first], "jolted"
+    known, plan = Trace(), jobs[first][1]
     traces: dict[str, Trace] = {}
     with tempfile.TemporaryDirectory(prefix="bigbatch-verify-") as folder:
-        for name, (settings, plan) in jobs.items():
-            start = time.monotonic()
-            job = (settings, plan, Path(folder), roles[name])
+
+        def run(name: str, role: Role) -> Trace:
+            settings, plan = jobs[first if role == "jolted" else name]
+            start, job = time.monotonic(), (settings, plan, Path(folder), role)
             try:
                 ranks = run_processes(plan.world_size, worker, *job, timeout=settings.parallel.timeout)
             except RankError as error:
@@ -138,23 +150,40 @@ def verify(
                 raise
             traces[name] = ranks[0]
             say(f"{name}: {plan.steps} steps in {time.monotonic() - start:.1f} s")
-    tolerance, known, plan = TOLERANCE[config.precision], traces[first], jobs[first][1]
-    chaos = _differences(traces[JOLTED], known) if JOLTED in traces else {}
-    found = [_compare(name, trace, known, tolerance=tolerance, chaos=chaos) for name, trace in traces.items()]
+            return traces[name]
+
+        def compared(chaos: Differences) -> list[Finding]:
+            tolerance = TOLERANCE[config.precision]
+            each = (_compare(name, trace, known, tolerance=tolerance, chaos=chaos) for name, trace in traces.items())
+            return list(chain.from_iterable(each))
+
+        known = run(first, "reference")
+        for name in others:
+            run(name, "layout")
+        found = compared({})
+        if {finding.what for finding in found if finding.step} & _differences(known, known).keys():
+            found = compared(_differences(run(JOLTED, "jolted"), known))
     notes = dict.fromkeys(note for trace in traces.values() for note in trace.notes)
-    if known.has_statistics and not plan.bn_groups_fixed:
-        span = math.gcd(*(plan.micro_batch for _, plan in jobs.values()))
+    micros = {plan.micro_batch for _, plan in jobs.values()}
+    if known.has_statistics and not plan.bn_groups_fixed and len(micros) > 1:
         where = "batch norm is over each micro batch, whose size follows the layout"
-        notes[f"norm.span = micro: {where}; set norm.span={span}"] = None
+        notes[f"norm.span = micro: {where}; set norm.span={math.gcd(*micros)}"] = None
+    for grows, _ in plan.batches.stages[1:]:
+        if grows >= plan.samples:
+            steps = plan.batches.before(grows)[0] + 2
+            notes[f"the batch grows at {grows} samples, after these steps; --steps {steps} has it"] = None
     last = plan.samples - _start_of_last(plan, plan.steps)
-    return Verdict(plan.steps, last, tolerance, tuple(traces), tuple(chain.from_iterable(found)), tuple(notes))
+    return Verdict(plan.steps, last, TOLERANCE[config.precision], tuple(traces), tuple(found), tuple(notes))
 
 
 def _job(config: RunConfig, layout: Layout, *, steps: int, dataset_size: int) -> tuple[RunConfig, Plan]:
     """The recipe and plan of a layout, which ends with the short window."""
     parts = layout.processes * layout.accumulation
     if config.batch.global_ % parts:
-        raise ConfigError(f"--layouts: batch.global = {config.batch.global_} does not divide by {layout}")
+        raise ConfigError(
+            f"--layouts: batch.global = {config.batch.global_} does not divide by {layout}; give layouts whose "
+            f"products divide it, such as {nearest(parts, divisors(config.batch.global_))}x1"
+        )
     batch = config.batch.model_copy(update={"micro": config.batch.global_ // parts})
     config = config.model_copy(update={"batch": batch})
     plan = resolve(config, world_size=layout.processes, dataset_size=dataset_size)
@@ -171,9 +200,7 @@ def _start_of_last(plan: Plan, steps: int) -> int:
     return samples
 
 
-def _compare(
-    layout: str, ours: Trace, known: Trace, *, tolerance: float, chaos: dict[str, list[tuple[float, str]]]
-) -> list[Finding]:
+def _compare(layout: str, ours: Trace, known: Trace, *, tolerance: float, chaos: Differences) -> list[Finding]:
     """In the order in which one thing follows from another: the first row that differs is nearest to the cause."""
 
     def equal(what: str, tell: Callable[[int], str | None]) -> Finding:
@@ -199,11 +226,12 @@ def _compare(
         equal("inputs", lambda step: _other_input(ours.inputs[step], known.inputs[step])),
         *(near(what, sizes) for what, sizes in _differences(ours, known).items()),
         Finding("ranks", layout, math.inf, *ours.ranks) if ours.ranks else same("ranks"),
+        equal("finite", lambda step: "nothing was learnt from then on" if ours.skipped[step] else None),
     ]
 
 
-def _differences(ours: Trace, known: Trace) -> dict[str, list[tuple[float, str]]]:
-    """What is compared up to rounding: the relative difference at each step, and what differs."""
+def _differences(ours: Trace, known: Trace) -> Differences:
+    """What is compared up to rounding."""
 
     def numbers(mine: list[float], its: list[float]) -> list[tuple[float, str]]:
         return [(_relative(a, b), f"{a:.9g} instead of {b:.9g}") for a, b in zip(mine, its, strict=True)]

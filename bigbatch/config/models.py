@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .duration import Duration
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, BeforeValidator(lambda value: str(value) if value is True else value), Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Factor = Annotated[float, Field(gt=0, le=1)]

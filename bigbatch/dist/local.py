@@ -74,7 +74,7 @@ def _receive(connection: Connection, rank: int) -> Any:
         try:
             failed, value, error = pickle.loads(connection.recv_bytes())
         except EOFError:
-            raise RankError(f"rank {rank} died without a word") from None
+            raise RankError(f"rank {rank} died without a word (out of memory?)") from None
     if failed:
         raise RankError(f"rank {rank}:\n{value}") from error
     return value

@@ -78,7 +78,10 @@ class SpanBatchNorm(_BatchNorm):
         groups = max(1, samples // span)
         values = x[0, 0].numel()
         if span * values == 1:
-            raise ValueError(f"norm.span = 1: no statistics of one value a channel in {tuple(x.shape)}; use 2 or more")
+            raise ValueError(
+                f"norm.span = 1: no statistics of one value a channel in {tuple(x.shape)}; use 2 or more (a larger "
+                "micro batch, where the span follows it)"
+            )
         if samples * values == 1:
             return self._groups(x, rows=1, samples=1)  # a lone last sample is its own mean; torch's kernel refuses it
         if groups == 1:

@@ -46,7 +46,8 @@ def choose_micro(batch: Batch, norm: Norm, *, world_size: int, debug: bool = Fal
         if debug and span and span % batch.micro == 0 and span > batch.micro and share % span == 0:
             return span, f"batch.micro {batch.micro}, in debug mode as often as norm.span has it"
         return batch.micro, "batch.micro"
-    sizes = [size for size in divisors(share) if size <= batch.micro_limit]
+    limit = max(batch.micro_limit, span or 0) if debug else batch.micro_limit
+    sizes = [size for size in divisors(share) if size <= limit]
     fitting = [size for size in sizes if span is None or span in legal_spans(size, world_size)]
     if not fitting:
         legal = sorted({s for size in sizes for s in legal_spans(size, world_size)})

@@ -31,9 +31,6 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Σ loss and Σ weight over the batch, 0-dim, in float32 (float64 for float64 inputs)."""
 
-    def weight(self, batch: dict[str, Tensor]) -> Tensor:
-        """The Σ weight of ``loss``, before the forward pass."""
-
     def evaluate(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over the batch, float64, 0-dim, without gradient, under the names of ``sums``."""
 

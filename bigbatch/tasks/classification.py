@@ -115,9 +115,9 @@ class ClassificationTask:
             loss = (batch["share"] * first + (1 - batch["share"]) * second).sum()
         else:
             loss = F.cross_entropy(logits, batch["label"], weight=weight, reduction="sum", label_smoothing=smoothing)
-        return loss, self.weight(batch)
+        return loss, self._weight(batch)
 
-    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+    def _weight(self, batch: dict[str, Tensor]) -> Tensor:
         image, label = batch["image"], batch["label"]
         dtype = torch.promote_types(image.dtype, torch.float32)
         weight = self._class_weights(torch.empty((), dtype=dtype, device=image.device))

@@ -3,7 +3,7 @@
 from .assemble import assemble
 from .checkpoint import open_checkpoint, open_newest
 from .evaluate import evaluate
-from .guard import bits, check_ranks
+from .guard import check_ranks, fingerprints
 from .loop import train
 from .state import Clock, Parts, RunError, StepReport
 from .step import train_step
@@ -14,9 +14,9 @@ __all__ = [
     "RunError",
     "StepReport",
     "assemble",
-    "bits",
     "check_ranks",
     "evaluate",
+    "fingerprints",
     "open_checkpoint",
     "open_newest",
     "train",

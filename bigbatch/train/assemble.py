@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigbatch.config import RunConfig
 from bigbatch.data import Dataset, Loader, Stream, load_data
@@ -51,7 +53,7 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         device=runtime.device,
         dtype=runtime.dtype,
     )
-    dropout, warnings = _try(config, task=task, model=model, loader=loader, runtime=runtime)
+    dropout, own_buffers, warnings = _try(config, task=task, model=model, loader=loader, runtime=runtime)
     return Parts(
         config=config,
         plan=plan,
@@ -64,35 +66,57 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         stats=BatchStats(model),
         scale=LossScale() if config.precision == "fp16" else None,
         dropout=dropout,
+        own_buffers=own_buffers,
         warnings=warnings,
     )
 
 
 def _try(
     config: RunConfig, *, task: Task, model: nn.Module, loader: Loader, runtime: Runtime
-) -> tuple[KeyedDropout | None, tuple[PlanWarning, ...]]:
-    """Run the model on two samples. A model whose batch norms see other rows than the samples is refused here, not in
-    its first step; one that draws random numbers has them keyed, or a warning."""
-    batch, stats = loader.train(range(2)), BatchStats(model)
+) -> tuple[KeyedDropout | None, frozenset[str], tuple[PlanWarning, ...]]:
+    """Forward and backward on two samples, to see here and not in the first step what cannot work: its dropout keyed,
+    the buffers that follow each process's own samples, and warnings of what therefore depends on the layout."""
+    stats, dropout, warnings = BatchStats(model), None, []
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def draws() -> bool:
-        with torch.no_grad(), runtime.autocast():
-            drawn = draws_freely(lambda: task.loss(model, batch), runtime.device)
+    def forward(samples: int = 2) -> Tensor:
+        with runtime.autocast():
+            loss, _ = task.loss(model, loader.train(range(samples)))
+        return loss
+
+    def passes() -> None:
+        with dropout.at(range(2), range(2)) if dropout else nullcontext():
+            loss = forward()
+        loss.backward()  # type: ignore[no-untyped-call]
         stats.check(2)
-        return drawn
 
-    def warning(message: str) -> tuple[PlanWarning]:
-        return (PlanWarning("random_by_layout", f"{message}; until then another layout is another run"),)
+    def warn(code: str, message: str) -> None:
+        warnings.append(PlanWarning(code, f"{message}; another layout is another run"))
 
-    if not draws():
-        return None, ()
-    if config.task.dropout == "torch":
-        return None, warning("task.dropout = torch: masks depend on the micro batch; set task.dropout=keyed")
-    dropout = KeyedDropout(fold(config.seed, 1))
-    with dropout.at(0, 2):
-        unkeyed = draws()
-    message = "the model draws random numbers that task.dropout = keyed does not reach; set those rates of it to 0"
-    return dropout, warning(message) if unkeyed else ()
+    try:
+        free = draws_freely(passes, runtime.device)
+        if free and config.task.dropout == "torch":
+            warn("random_by_layout", "task.dropout = torch: masks follow the micro batch (set task.dropout=keyed)")
+        elif free:
+            dropout = KeyedDropout(fold(config.seed, 1))
+            dropout.learn(forward)
+            stats.discard()
+            if draws_freely(passes, runtime.device):
+                warn("random_by_layout", "the model draws random numbers that task.dropout = keyed does not reach")
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"task.model = {config.task.model!r} with task.options = {config.task.options!r}: a training step on two "
+            f"samples fails ({error}); change the model or its options"
+        ) from error
+    stats.discard()
+    model.zero_grad(set_to_none=True)
+    moved = frozenset(name for name, tensor in model.state_dict().items() if not tensor.equal(before[name]))
+    model.load_state_dict(before)
+    if moved:
+        warn("buffers_by_layout", f"{min(moved)} follows each process's own samples, and the first one's is saved")
+    return dropout, moved, tuple(warnings)
 
 
 def _check_size(data: Dataset, plan: Plan) -> None:

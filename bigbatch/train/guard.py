@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
+from bigbatch.keyed import hashed
+
 from .state import Clock, Parts, RunError
 
+_AT_A_TIME = 2**22
 
-def check_ranks(parts: Parts, clock: Clock, tensors: dict[str, Tensor]) -> None:
+
+def check_ranks(parts: Parts, clock: Clock, tensors: Mapping[str, Tensor]) -> None:
     """Compare these tensors, the plan and the clock over all processes, bit by bit, in one small collective.
 
     Raises RunError on every process where they are not equal; it names the ranks in the minority and what they have
-    that differs. Each tensor is hashed where it lies, by the sum of its bits read as integers, modulo 2⁶⁴.
+    that differs. Of a tensor only a hash of its bits travels. Buffers that are each process's own are left out.
     """
     runtime = parts.runtime
     if runtime.world_size == 1:
         return
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in parts.own_buffers}
     said = {"the plan": parts.plan.to_json(), "the clock": repr(asdict(clock))}
     words = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") for text in said.values()]
-    sums = [bits(tensor).sum(dtype=torch.int64) for tensor in tensors.values()]
-    mine = torch.cat([torch.tensor(words, device=runtime.device), torch.stack(sums)])
-    rows = [tuple(row) for row in runtime.gather(mine).tolist()]
-    common, _ = Counter(rows).most_common(1)[0]
-    odd = [rank for rank, row in enumerate(rows) if row != common]
+    hashes = [fingerprints(tensor.reshape(1, -1)) for tensor in tensors.values()]
+    rows = runtime.gather(torch.cat([torch.tensor(words, device=runtime.device), *hashes])).tolist()
+    common, _ = Counter(map(tuple, rows)).most_common(1)[0]
+    odd = [rank for rank, row in enumerate(rows) if tuple(row) != common]
     if not odd:
         return
     names = [*said, *tensors]
@@ -35,11 +40,17 @@ def check_ranks(parts: Parts, clock: Clock, tensors: dict[str, Tensor]) -> None:
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     raise RunError(
         f"step {clock.step}: rank {', '.join(map(str, odd))} of {runtime.world_size} differs from the others in "
-        f"{wrong[0]}{more}; stopped before a checkpoint, and the same command goes on from the newest one"
+        f"{wrong[0]}{more}; stopped before a checkpoint was written, older ones are untouched"
     )
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The same memory read as integers of the same width."""
+def fingerprints(tensor: Tensor) -> Tensor:
+    """Of each row of (rows, values): a hash of its bits and their places, int64 (rows,)."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().view(integers[tensor.element_size()])
+    bits = tensor.detach().view(integers[tensor.element_size()])
+    total = torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
+    width = max(1, _AT_A_TIME // max(1, len(bits)))
+    for start in range(0, bits.shape[1], width):
+        part = bits[:, start : start + width].long()
+        total += hashed(torch.arange(start, start + part.shape[1], device=bits.device), part).sum(1)
+    return total

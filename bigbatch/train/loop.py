@@ -105,9 +105,12 @@ def _guard(parts: Parts, clock: Clock, report: StepReport) -> None:
     clock.skipped_in_a_row = clock.skipped_in_a_row + 1 if report.skipped else 0
     limit = parts.config.run.nonfinite_limit
     if clock.skipped_in_a_row >= limit:
+        way_out = "lower optim.lr, lengthen the warmup or set clip.kind=norm"
+        if not parts.task.weight_is_count:
+            way_out += ", or see whether all weights of a batch can be 0"
         raise RunError(
             f"step {clock.step}: the gradient was not finite in {limit} steps in a row (run.nonfinite_limit): "
-            f"stopped at learning rate {report.lr:g}: lower optim.lr, lengthen the warmup or set clip.kind=norm"
+            f"stopped at learning rate {report.lr:g}: {way_out}"
         )
 
 
@@ -149,7 +152,7 @@ def _save(
         "seconds": seconds,
         "metrics": metrics,
         "loss_scale": asdict(parts.scale) if parts.scale else None,
-        "recipe": _identity(parts.config),
+        "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
     checkpoints.save(clock.step, model=parts.model.state_dict(), optimizer=parts.optimizer.state_dict(), state=state)
 
@@ -189,7 +192,12 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_same_run(config: RunConfig, recipe: dict[str, Any], path: Path) -> None:
-    ours, theirs = _flat(_identity(config)), _flat(recipe)
+    # Settings that were not there yet had the effect of their defaults.
+    try:
+        theirs = _flat(_identity(RunConfig.model_validate(recipe)))
+    except ValueError as error:
+        raise ConfigError(f"{path}: its recipe is of another version ({error}); give a new run.dir") from None
+    ours = _flat(_identity(config))
     for key in ours | theirs:
         if ours.get(key) != theirs.get(key):
             raise ConfigError(

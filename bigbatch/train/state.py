@@ -35,8 +35,8 @@ class Clock:
 class Parts:
     """All that a step needs, assembled. ``model`` is the module itself, ``wrapped`` what is called in training.
 
-    ``dropout`` is None for a model that draws no random numbers, or where torch's own generator is to draw them;
-    ``warnings`` are those that only the model could give.
+    ``dropout`` is None for a model that draws no random numbers, or where torch's own generator is to draw them.
+    ``own_buffers`` are not the same on every process. ``warnings`` are those that only the model could give.
     """
 
     config: RunConfig
@@ -50,6 +50,7 @@ class Parts:
     stats: BatchStats
     scale: LossScale | None
     dropout: KeyedDropout | None
+    own_buffers: frozenset[str]
     warnings: tuple[PlanWarning, ...]
 
 

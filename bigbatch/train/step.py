@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bigbatch.clip import clip_gradients
 from bigbatch.data import shares
@@ -26,29 +24,32 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     plan, runtime, task = parts.plan, parts.runtime, parts.task
     size, lr = plan.window(samples), plan.lr(samples)
     pieces, window = my_pieces(parts, samples), shift(range(size), samples)
-    batches: Iterable[dict[str, Tensor]] = (parts.loader.train(shift(p, samples), window=window) for p in pieces)
-    weight: float | Tensor = size
-    if not task.weight_is_count:
-        batches = list(batches)
-        weight = global_weight(parts, pieces, batches)
+    scale = parts.scale.value if parts.scale else 1.0
 
     # DistributedDataParallel divides the sum over processes by their number, which this undoes.
-    factor = runtime.world_size * (parts.scale.value if parts.scale else 1.0) / weight
+    factor = runtime.world_size * scale / size
     parts.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for number, (piece, batch) in enumerate(zip(pieces, batches, strict=True)):
+    total, weight = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for number, piece in enumerate(pieces):
+        batch = parts.loader.train(shift(piece, samples), window=window)
         parts.stats.empty(not piece)
         with runtime.exchange(parts.wrapped, when=number == len(pieces) - 1):
-            with runtime.autocast(), dropout(parts, samples + piece.start, max(len(piece), 1)):
-                loss, _ = task.loss(parts.wrapped, batch)
+            with runtime.autocast(), dropout(parts, shift(piece, samples), window):
+                loss, its_weight = task.loss(parts.wrapped, batch)
             if not piece:
-                loss = loss * 0
+                loss, its_weight = loss * 0, its_weight * 0
             torch.autograd.backward(loss * factor)
         total += loss.detach()
+        weight += its_weight
 
-    if parts.scale:
+    # So far the gradient is scaled, and divided by the samples where it should be by their weight.
+    if task.weight_is_count:
+        weight.fill_(size)
+    else:
+        runtime.sum(weight)
+    if parts.scale or not task.weight_is_count:
         gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, 1 / parts.scale.value)
+        torch._foreach_mul_(gradients, size / weight / scale)
     clip = parts.config.clip
     norm = float(clip_gradients(parts.model.parameters(), kind=clip.kind, max=clip.max))
     finite = norm < float("inf")
@@ -78,22 +79,12 @@ def my_pieces(parts: Parts, samples: int) -> list[range]:
     return [row[parts.runtime.rank] for row in rows]
 
 
-def dropout(parts: Parts, first: int, size: int) -> AbstractContextManager[Any]:
-    """Random numbers of a forward pass over ``size`` samples from position ``first`` of the stream on."""
-    torch.manual_seed(fold(parts.config.seed, first))
-    return parts.dropout.at(first, size) if parts.dropout else nullcontext()
+def dropout(parts: Parts, piece: range, window: range) -> AbstractContextManager[Any]:
+    """The random numbers of a forward pass over ``piece`` of the ``window``, both positions in the stream."""
+    torch.manual_seed(fold(parts.config.seed, piece.start))
+    return parts.dropout.at(piece, window) if parts.dropout else nullcontext()
 
 
 def shift(piece: range, samples: int) -> range:
     """A piece of the window as positions in the stream of samples."""
     return range(samples + piece.start, samples + piece.stop)
-
-
-def global_weight(parts: Parts, pieces: list[range], batches: list[dict[str, Tensor]]) -> Tensor:
-    """Σ weight over the whole window, on every process."""
-    weight = torch.zeros((), dtype=torch.float64, device=parts.runtime.device)
-    for piece, batch in zip(pieces, batches, strict=True):
-        if piece:
-            weight += parts.task.weight(batch)
-    parts.runtime.sum(weight)
-    return weight

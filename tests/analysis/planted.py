@@ -73,6 +73,19 @@ def skipped_sync(rank: int, *rest: Any) -> Trace:
         return replay(rank, *rest)
 
 
+def skipped_sync_in_the_third_step(rank: int, *rest: Any) -> Trace:
+    """As above, once."""
+    exchange, calls = Runtime.exchange, 0
+
+    def once(runtime: Runtime, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+        nonlocal calls
+        calls += 1
+        return exchange(runtime, model, when=when and (runtime.world_size == 1 or calls != 3))
+
+    with patch.object(Runtime, "exchange", once):
+        return replay(rank, *rest)
+
+
 def sync_of_the_first(rank: int, *rest: Any) -> Trace:
     """Gradients are exchanged with the first micro batch instead of the last; later ones stay with their process."""
     exchange, first = Runtime.exchange, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,13 @@ def judge(
     )
 
 
+def last_of(verdict: Verdict) -> str:
+    return [layout for layout in verdict.layouts if layout != "jolted"][-1]
+
+
 def differing(verdict: Verdict) -> dict[str, str]:
     """What differs in the last layout, the earliest first, and where."""
-    found = [f for f in verdict.findings if f.step and f.layout == verdict.layouts[-1]]
+    found = [f for f in verdict.findings if f.step and f.layout == last_of(verdict)]
     return {f.what: f"step {f.step}: {f.where}" for f in sorted(found, key=lambda f: f.step or 0)}
 
 
@@ -101,20 +106,46 @@ def test_a_planted_fault_is_found(fault: str, layouts: str, first: str, untouche
     assert not verdict.same and next(iter(found)) == first, verdict.text(fault)
     assert not untouched & found.keys(), verdict.text(fault)
     assert not verdict.notes
-    assert f"{verdict.layouts[-1]}, {found[first].partition(':')[0]}: {first}: " in verdict.text("")
+    assert f"{last_of(verdict)}, {found[first].partition(':')[0]}: {first}: " in verdict.text("")
 
 
-def test_processes_that_come_apart_are_named() -> None:
-    assert "rank 1 of 2 differs from the others" in differing(judge("1x1,2x1", worker=planted.skipped_sync))["ranks"]
+def test_processes_that_come_apart_are_named_with_the_step() -> None:
+    found = differing(judge("1x1,2x1", worker=planted.skipped_sync_in_the_third_step))
+    assert found["ranks"].startswith("step 3: rank 1 of 2 differs from the others in ")
+    assert found["gradient norm"].startswith("step 3: ") and "most in" in found["parameters"]
 
 
-def test_in_float32_rounding_is_what_jolted_weights_show() -> None:
-    verdict = judge(steps=8, precision="fp32")
-    assert verdict.same and verdict.layouts == ("1x1", "2x2", "jolted"), verdict.text("")
+def test_what_is_not_finite_is_not_shown_to_be_the_same() -> None:
+    verdict = judge("1x1,1x2", optim={"lr": 1e200}, clip={"kind": "none", "max": None}, norm={"span": 6})
+    assert not verdict.same and differing(verdict).keys() >= {"finite"}
+    assert "NOT shown to be the same run" in verdict.text("")
+
+
+def test_rounding_is_also_what_jolted_weights_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no tolerance at all a sound recipe passes because its own rounding does as much, and only therefore."""
+    module = sys.modules["bigbatch.analysis.verify"]
+    monkeypatch.setitem(module.TOLERANCE, "fp64", 0.0)
+    verdict = judge(steps=5)
+    assert verdict.layouts == ("1x1", "2x2", "jolted")
+    assert verdict.same, verdict.text("")
     size = {f.layout: f.difference for f in verdict.findings if f.what == "parameters"}
-    assert size["2x2"] > 0 and size["jolted"] > 0
-    faulty = judge("1x1,2x2", precision="fp32", worker=planted.mean_of_means)
-    assert not faulty.same and "loss" in {f.what for f in faulty.findings if f.step}
+    assert 0 < size["2x2"] < 1e-12 and 0 < size["jolted"] < 1e-12
+    monkeypatch.setattr(module, "CHAOS", 0.0)
+    assert not judge(steps=5).same
+
+
+def test_in_float32_a_fault_is_told_from_rounding() -> None:
+    sound, faulty = judge(precision="fp32"), judge(precision="fp32", worker=planted.mean_of_means)
+    assert sound.same and sound.tolerance == 1e-3, sound.text("")
+    assert not faulty.same and next(iter(differing(faulty))) == "loss"
+
+
+def test_a_batch_that_grows_later_is_told() -> None:
+    ramp = {"kind": "multistep", "by": "batch", "at": ["1ep", "2ep"], "factor": 0.5}
+    early = judge("1x1,1x2", decay=ramp)
+    assert early.same and any("--steps 25" in note for note in early.notes)
+    late = judge("1x1,1x2", steps=25, decay=ramp)
+    assert late.same and late.last_window == 96 // 3 + 1 and not any("1085 samples" in note for note in late.notes)
 
 
 RECIPE = json.dumps(BASE)
@@ -138,7 +169,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "2x1: 2 steps in" in said.err
     assert command(tmp_path, "--layouts", "1x1,1x2", "--steps", "2", "norm.span=micro") == 1
     said = capsys.readouterr()
-    assert "DIFFERS" in said.out and "NOT the same run" in said.out and "set norm.span=24" in said.out
+    assert "DIFFERS" in said.out and "NOT shown to be the same run" in said.out and "set norm.span=24" in said.out
     assert not Path("never").exists()
 
 
@@ -147,9 +178,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--layouts", "2"], "'2' is no layout"),
         (["--layouts", "1x0"], "'1x0' is no layout"),
-        (["--layouts", "1x1,5x1"], "batch.global = 48 does not divide by 5x1"),
+        (["--layouts", "1x1,5x1"], "batch.global = 48 does not divide by 5x1; give layouts whose products divide it"),
+        (["--layouts", "1x1,1x1"], "nothing to compare"),
+        (["--steps", "1"], "--steps = 1"),
         (["--layouts", "1x1,4x2", "norm.span=16"], "nearest legal"),
-        (["--layouts", "1x1", "task.model=timm/no_such"], "task.model"),
+        (["task.model=timm/no_such"], "task.model"),
     ],
 )
 def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -1,5 +1,6 @@
 """A run that is killed in the middle of an epoch and started again ends bit for bit as one that was not."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -191,6 +192,24 @@ def test_no_whole_checkpoint_is_never_a_fresh_start(
     message = capsys.readouterr().err
     assert "no whole checkpoint" in message and "00000005" in message and "state.json" in message
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_settings_that_a_checkpoint_does_not_know_had_their_defaults(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(recipe, run, "duration=1ep", "run.stop_after=5st") == 0
+    newest = run / "checkpoints" / "00000005"
+    state = json.loads((newest / "state.json").read_text())
+    del state["recipe"]["data"]["shuffle"], state["recipe"]["decay"]["by"], state["recipe"]["task"]["dropout"]
+    (newest / "state.json").write_text(json.dumps(state))
+    sums = json.loads((newest / "manifest.json").read_text())
+    sums["state.json"] = hashlib.sha256((newest / "state.json").read_bytes()).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps(sums))
+    assert train(recipe, run, "duration=1ep", "data.shuffle=100") == 2
+    assert "data.shuffle = 100: the run in" in capsys.readouterr().err
+    assert train(recipe, run, "duration=1ep") == 0
+    assert events(run, "resume")[0]["step"] == 5
 
 
 def test_half_written_checkpoint_is_not_seen(recipe: Path, tmp_path: Path) -> None:

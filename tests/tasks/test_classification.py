@@ -68,11 +68,11 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(sizes, smoothing):
     pieces = [
         dict(zip(batch, split, strict=True)) for split in zip(*(t.split(sizes) for t in batch.values()), strict=True)
     ]
-    global_weight = sum(judge.weight(piece) for piece in pieces)
+    global_weight = sum(judge._weight(piece) for piece in pieces)
     total = 0.0
     for piece in pieces:
         part, part_weight = judge.loss(parts, piece)
-        assert torch.equal(part_weight, judge.weight(piece))
+        assert torch.equal(part_weight, judge._weight(piece))
         (part / global_weight).backward()
         total += part.item()
     assert total == pytest.approx(loss.item(), rel=1e-12)
@@ -109,7 +109,7 @@ def test_weights_and_mixing_are_the_formula(smoothing, weights):
     for batch, pairs in ((plain, expected), (mixed, blended)):
         loss, weight = judge.loss(Table(logits), batch)
         assert (loss.item(), weight.item()) == pytest.approx(tuple(map(sum, zip(*pairs, strict=True))), rel=1e-12)
-        assert torch.equal(weight, judge.weight(batch)) and weight.dtype == torch.float64
+        assert torch.equal(weight, judge._weight(batch)) and weight.dtype == torch.float64
     assert judge.weight_is_count is (weights is None)
     if weights:
         mean = nn.functional.cross_entropy(logits, plain["label"], torch.tensor(w).double(), label_smoothing=smoothing)

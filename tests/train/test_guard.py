@@ -14,6 +14,7 @@ import torch
 from bigbatch.cli import main
 from bigbatch.train import Clock, RunError, assemble, check_ranks
 from ranks import run_ranks
+from runs.command import events
 from train.assembled import BASE
 
 
@@ -26,10 +27,16 @@ def guarded(rank: int, odd: int, change: str) -> str | None:
     config = RunConfig.model_validate(BASE)
     plan = resolve(config, world_size=torch.distributed.get_world_size(), dataset_size=1085)
     parts, clock = assemble(config, plan, Runtime(precision="fp64")), Clock(samples=960, step=10)
+    weight = parts.model.get_parameter("stages.0.conv1.weight").data
+    if change == "signs":
+        weight[0, 0, 0, 0] = -weight[0, 0, 0, 1]
     if rank == odd:
-        weight = parts.model.get_parameter("stages.0.conv1.weight").data
         if change == "bit":
             weight.view(torch.int64)[0, 0, 0, 0] ^= 1
+        elif change == "order":
+            weight.copy_(weight.flip(0).clone())
+        elif change == "signs":
+            weight[0, 0, 0, :2] *= -1
         elif change == "buffer":
             parts.model.get_buffer("norm.running_var")[3] += 1e-9
         elif change == "plan":
@@ -47,6 +54,8 @@ def guarded(rank: int, odd: int, change: str) -> str | None:
     ("world", "odd", "change", "what"),
     [
         (3, 2, "bit", "rank 2 of 3 differs from the others in stages.0.conv1.weight; "),
+        (3, 1, "order", "rank 1 of 3 differs from the others in stages.0.conv1.weight; "),
+        (3, 1, "signs", "rank 1 of 3 differs from the others in stages.0.conv1.weight; "),
         (3, 0, "buffer", "rank 0 of 3 differs from the others in norm.running_var; "),
         (2, 1, "plan", "rank 1 of 2 differs from the others in the plan; "),
         (3, 1, "clock", "rank 1 of 3 differs from the others in the clock; "),
@@ -93,6 +102,22 @@ def test_no_checkpoint_is_written_after_a_rank_came_apart(tmp_path: Path) -> Non
     recipe.write_text(json.dumps(BASE | run))
     assert run_ranks(2, trains, str(recipe), "step") == [1, 1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000004"]
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert run_ranks(2, trains, str(recipe), "resume") == [1, 1]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics, "not a step was taken"
     assert run_ranks(2, trains, str(recipe), "never") == [0, 0]
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def own_norm(rank: int, recipe: str) -> int:
+    return main(["train", recipe])
+
+
+def test_buffers_that_are_each_process_s_own_are_no_alarm_but_a_warning(tmp_path: Path) -> None:
+    """EvoNorm-B0 keeps running statistics that bigbatch knows nothing of."""
+    recipe = tmp_path / "recipe.yaml"
+    task = {"name": "classification", "model": "timm/test_efficientnet", "options": {"norm_layer": "evonormb0"}}
+    run = {"run": {"dir": str(tmp_path / "run")}, "task": task, "duration": "6st", "tracking": {"console": "none"}}
+    recipe.write_text(json.dumps(BASE | run | {"norm": {"kind": "batch"}, "precision": "fp32"}))
+    assert run_ranks(2, own_norm, str(recipe)) == [0, 0]
+    assert "buffers_by_layout" in [e["code"] for e in events(tmp_path / "run", "warning")]

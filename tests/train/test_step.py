@@ -1,6 +1,8 @@
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from bigbatch.cli import main
 from bigbatch.tasks.classification import ClassificationTask
 from bigbatch.train import train_step
+from bigbatch.train.step import dropout
 from train.assembled import assembled, gradients
 
 GROUP = {"kind": "group", "groups": 2}
@@ -144,6 +147,36 @@ def test_a_run_that_diverges_stops_with_advice(tmp_path: Path, capsys: pytest.Ca
     assert main(["train", str(recipe)]) == 1
     message = capsys.readouterr().err
     assert "4 steps in a row" in message and "optim.lr" in message
+
+
+def test_torchs_own_random_numbers_are_those_of_the_place_in_the_stream() -> None:
+    parts = assembled()
+
+    def drawn(piece: range) -> Tensor:
+        with dropout(parts, piece, range(96)):
+            return torch.rand(4)
+
+    assert torch.equal(drawn(range(8, 16)), drawn(range(8, 12)))
+    assert not torch.equal(drawn(range(8, 16)), drawn(range(0, 8)))
+
+
+def test_class_weights_do_not_hold_the_images_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = assembled(
+        batch={"global": 96, "micro": 8}, norm=GROUP, task={"class_weights": [1, 2, 3, 1, 1, 1, 1, 1, 1, 1]}
+    )
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most, train = 0, parts.loader.train
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal most
+        batch = train(*args, **kwargs)
+        alive.add(batch["image"])
+        most = max(most, len(alive))
+        return batch
+
+    monkeypatch.setattr(parts.loader, "train", watched)
+    train_step(parts, samples=0, want_loss=True)
+    assert most <= 3
 
 
 def test_debug_is_deterministic_and_detects_anomalies() -> None:

@@ -52,7 +52,8 @@ def choose_micro(batch: Batch, norm: Norm, *, world_size: int, debug: bool = Fal
     if not fitting:
         legal = sorted({s for size in sizes for s in legal_spans(size, world_size)})
         raise _span_error(span or 0, legal, f"any micro batch up to {batch.micro_limit}", world_size)
-    why = f"largest share of {share} samples per process within batch.micro_limit {batch.micro_limit}"
+    within = f"batch.micro_limit {limit}" if limit == batch.micro_limit else f"norm.span {limit}, in debug mode"
+    why = f"largest share of {share} samples per process within {within}"
     return fitting[-1], why + (f" that norm.span {span} fits" if span else "")
 
 

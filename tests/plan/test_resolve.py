@@ -227,6 +227,17 @@ def test_json_has_the_contract_keys() -> None:
     assert set(tree["decisions"][0]) == {"what", "value", "why", "source"}
 
 
+@pytest.mark.parametrize("batch", [{"micro": 16}, {"micro_limit": 16}])
+def test_debug_takes_a_group_of_many_processes_on_one(batch: dict[str, int]) -> None:
+    """Whatever the recipe says of its processes, their batch-norm groups are kept."""
+    large: dict[str, Any] = {"batch": {"global": 256, **batch}, "norm": {"span": 32}}
+    of_eight = plan(8, **large)
+    assert (of_eight.micro_batch, of_eight.bn_span) == (16, 32)
+    replay = plan(1, debug=True, parallel={"expect_world_size": 8}, **large)
+    assert (replay.micro_batch, replay.accumulation, replay.bn_span) == (32, 8, 32)
+    assert [replay.lr(s) for s in range(0, 2560, 256)] == [of_eight.lr(s) for s in range(0, 2560, 256)]
+
+
 def test_stop_after_ends_early_and_changes_nothing_else() -> None:
     whole, early = plan(), plan(run={"stop_after": "4st"})
     assert early.stop_samples == 1024

@@ -55,7 +55,7 @@ class KeyedDropout(TorchFunctionMode):
                 forward(samples)
             rows.append(self._rows)
         self._rows = None
-        self._whole = {k for k, (two, three) in enumerate(zip(*rows, strict=True), 1) if two * 3 != three * 2}
+        self._whole = {k for k, (two, three) in enumerate(zip(*rows, strict=False), 1) if two * 3 != three * 2}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -133,47 +133,47 @@ def verify(
         raise ConfigError(
             f"--steps = {steps}: the last window is short, and before it comes a whole one; give 2 or more"
         )
+    tolerance = TOLERANCE[config.precision]
     jobs = {str(layout): _job(config, layout, steps=steps, dataset_size=dataset_size) for layout in layouts}
     first, *others = jobs
-    known, plan = Trace(), jobs[first][1]
-    traces: dict[str, Trace] = {}
     with tempfile.TemporaryDirectory(prefix="bigbatch-verify-") as folder:
 
         def run(name: str, role: Role) -> Trace:
-            settings, plan = jobs[first if role == "jolted" else name]
-            start, job = time.monotonic(), (settings, plan, Path(folder), role)
+            start, (settings, plan) = time.monotonic(), jobs[first if role == "jolted" else name]
+            job = (settings, plan, Path(folder), role)
             try:
-                ranks = run_processes(plan.world_size, worker, *job, timeout=settings.parallel.timeout)
+                trace: Trace = run_processes(plan.world_size, worker, *job, timeout=settings.parallel.timeout)[0]
             except RankError as error:
                 if isinstance(error.__cause__, ConfigError):
                     raise error.__cause__ from None
                 raise
-            traces[name] = ranks[0]
             say(f"{name}: {plan.steps} steps in {time.monotonic() - start:.1f} s")
-            return traces[name]
-
-        def compared(chaos: Differences) -> list[Finding]:
-            tolerance = TOLERANCE[config.precision]
-            each = (_compare(name, trace, known, tolerance=tolerance, chaos=chaos) for name, trace in traces.items())
-            return list(chain.from_iterable(each))
+            return trace
 
         known = run(first, "reference")
-        for name in others:
-            run(name, "layout")
-        found = compared({})
+        traces = {first: known, **{name: run(name, "layout") for name in others}}
+        found = _compare(traces, known, tolerance=tolerance, chaos={})
         if {finding.what for finding in found if finding.step} & _differences(known, known).keys():
-            found = compared(_differences(run(JOLTED, "jolted"), known))
+            traces[JOLTED] = run(JOLTED, "jolted")
+            found = _compare(traces, known, tolerance=tolerance, chaos=_differences(traces[JOLTED], known))
+    plan = jobs[first][1]
+    last = plan.samples - _start_of_last(plan, plan.steps)
+    notes = _notes([plan for _, plan in jobs.values()], traces)
+    return Verdict(plan.steps, last, tolerance, tuple(traces), tuple(found), tuple(notes))
+
+
+def _notes(plans: list[Plan], traces: dict[str, Trace]) -> Iterable[str]:
+    """What about the recipe depends on the layout, or was not reached, and what to set."""
     notes = dict.fromkeys(note for trace in traces.values() for note in trace.notes)
-    micros = {plan.micro_batch for _, plan in jobs.values()}
-    if known.has_statistics and not plan.bn_groups_fixed and len(micros) > 1:
+    plan, micros = plans[0], {plan.micro_batch for plan in plans}
+    if any(trace.has_statistics for trace in traces.values()) and not plan.bn_groups_fixed and len(micros) > 1:
         where = "batch norm is over each micro batch, whose size follows the layout"
         notes[f"norm.span = micro: {where}; set norm.span={math.gcd(*micros)}"] = None
     for grows, _ in plan.batches.stages[1:]:
         if grows >= plan.samples:
             steps = plan.batches.before(grows)[0] + 2
             notes[f"the batch grows at {grows} samples, after these steps; --steps {steps} has it"] = None
-    last = plan.samples - _start_of_last(plan, plan.steps)
-    return Verdict(plan.steps, last, TOLERANCE[config.precision], tuple(traces), tuple(found), tuple(notes))
+    return notes
 
 
 def _job(config: RunConfig, layout: Layout, *, steps: int, dataset_size: int) -> tuple[RunConfig, Plan]:
@@ -200,7 +200,12 @@ def _start_of_last(plan: Plan, steps: int) -> int:
     return samples
 
 
-def _compare(layout: str, ours: Trace, known: Trace, *, tolerance: float, chaos: Differences) -> list[Finding]:
+def _compare(traces: dict[str, Trace], known: Trace, *, tolerance: float, chaos: Differences) -> list[Finding]:
+    each = (_findings(name, trace, known, tolerance=tolerance, chaos=chaos) for name, trace in traces.items())
+    return list(chain.from_iterable(each))
+
+
+def _findings(layout: str, ours: Trace, known: Trace, *, tolerance: float, chaos: Differences) -> list[Finding]:
     """In the order in which one thing follows from another: the first row that differs is nearest to the cause."""
 
     def equal(what: str, tell: Callable[[int], str | None]) -> Finding:

@@ -77,7 +77,7 @@ def _try(
     """Forward and backward on two samples, to see here and not in the first step what cannot work: its dropout keyed,
     the buffers that follow each process's own samples, and warnings of what therefore depends on the layout."""
     stats, dropout, warnings = BatchStats(model), None, []
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def forward(samples: int = 2) -> Tensor:
         with runtime.autocast():
@@ -112,8 +112,9 @@ def _try(
         ) from error
     stats.discard()
     model.zero_grad(set_to_none=True)
-    moved = frozenset(name for name, tensor in model.state_dict().items() if not tensor.equal(before[name]))
-    model.load_state_dict(before)
+    moved = frozenset(name for name, buffer in model.named_buffers() if not buffer.equal(before[name]))
+    for name in moved:
+        model.get_buffer(name).copy_(before[name])
     if moved:
         warn("buffers_by_layout", f"{min(moved)} follows each process's own samples, and the first one's is saved")
     return dropout, moved, tuple(warnings)

@@ -10,11 +10,11 @@ from typing import Any
 
 from bigbatch.dist import run_processes
 
-LIMIT = 60.0
+LIMIT = 180.0
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`run_processes` for a test, which may take a minute."""
+    """`run_processes` for a test, which may take three minutes."""
     return run_processes(world, function, *args, timeout=LIMIT, limit=LIMIT)
 
 

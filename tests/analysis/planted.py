@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbatch.analysis import Trace, replay
+from bigbatch.analysis.replay import Role
 from bigbatch.config import RunConfig
 from bigbatch.dist import Runtime
 from bigbatch.norm import BatchStats
@@ -108,3 +110,27 @@ def no_zero_weight(rank: int, *rest: Any) -> Trace:
 
     with patch.object(torch.Tensor, "__mul__", unless_zero):
         return replay(rank, *rest)
+
+
+def as_chaotic_as_its_rounding(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -> Trace:
+    """No run at all: what one might leave behind whose rounding does as much as its layout."""
+    return _trace(plan, {"reference": 0.0, "layout": 1e-6, "jolted": 2e-7}[role])
+
+
+def more_chaotic_than_its_rounding(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -> Trace:
+    """As above, but the layout does more."""
+    return _trace(plan, {"reference": 0.0, "layout": 1e-6, "jolted": 2e-8}[role])
+
+
+def _trace(plan: Plan, off: float) -> Trace:
+    steps = plan.steps
+    return Trace(
+        ids=[torch.zeros(1, 2)] * steps,
+        inputs=[torch.zeros(1)] * steps,
+        lr=[0.1] * steps,
+        loss=[1.0] + [1.0 + off] * (steps - 1),
+        grad_norm=[1.0] * steps,
+        skipped=[False] * steps,
+        parameters=[(0.0, "")] * steps,
+        statistics=[(0.0, "")] * steps,
+    )

@@ -117,8 +117,9 @@ def dropout(pairs: int) -> Table:
         keyed = KeyedDropout(0)
         times: dict[bool, list[float]] = {True: [], False: []}
         for pair in range(-2, pairs):
+            window = range((pair + 2) * samples, (pair + 3) * samples)
             for own in (pair % 2 == 0, pair % 2 != 0):
-                with keyed.at(pair * samples, samples) if own else nullcontext():
+                with keyed.at(window, window) if own else nullcontext():
                     took = seconds(work)
                 if pair >= 0:
                     times[own].append(took)

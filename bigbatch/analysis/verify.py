@@ -77,7 +77,11 @@ class Verdict:
         return all(finding.step is None for finding in self.findings)
 
     def to_json(self) -> str:
-        return json.dumps({**dataclasses.asdict(self), "same": self.same}, indent=2, ensure_ascii=False)
+        """The verdict as an indented JSON object; a difference without a size (other samples, not finite) is null."""
+        tree = dataclasses.asdict(self)
+        for finding in tree["findings"]:
+            finding["difference"] = finding["difference"] if math.isfinite(finding["difference"]) else None
+        return json.dumps({**tree, "same": self.same}, indent=2, ensure_ascii=False, allow_nan=False)
 
     def text(self, title: str) -> str:
         """A table of what was compared, the first step of each difference, and the verdict in words."""

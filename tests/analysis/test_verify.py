@@ -117,6 +117,8 @@ def test_processes_that_come_apart_are_named_with_the_step() -> None:
 def test_what_is_not_finite_is_not_shown_to_be_the_same() -> None:
     verdict = judge("1x1,1x2", optim={"lr": 1e200}, clip={"kind": "none", "max": None}, norm={"span": 6})
     assert not verdict.same and differing(verdict).keys() >= {"finite"}
+    found = {f["what"]: f["difference"] for f in json.loads(verdict.to_json())["findings"] if f["layout"] == "1x2"}
+    assert found["finite"] is None and found["sample ids"] == 0
     assert "NOT shown to be the same run" in verdict.text("")
 
 

@@ -182,7 +182,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{path}: neither a run directory (with config.yaml) nor a checkpoint in one")
     # How the training batch was cut is no matter here, so any number of processes can evaluate.
-    anywhere = ("parallel.expect_world_size=null", "debug=false", "batch.micro=auto", f"batch.micro_limit={2**62}")
+    anywhere = (
+        "parallel.expect_world_size=null",
+        "parallel.strategy=ddp",
+        "debug=false",
+        "batch.micro=auto",
+        f"batch.micro_limit={2**62}",
+    )
     config = load_config(run / "config.yaml", [*args.overrides, *anywhere])
     plan = make_plan(config, world_size=1)
 
@@ -239,7 +245,7 @@ def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
     from bigbatch.train import assemble
 
     try:
-        runtime = Runtime(precision=config.precision, timeout=config.parallel.timeout, debug=config.debug)
+        runtime = Runtime(precision=config.precision, parallel=config.parallel, debug=config.debug)
         parts = assemble(config, plan, runtime)
     except ValueError as error:
         raise ConfigError(str(error)) from None

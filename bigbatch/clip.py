@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 EPS = 1e-3
 
 
-def clip_gradients(
-    parameters: Iterable[nn.Parameter], *, kind: Literal["none", "norm", "value", "adaptive"], max: float | None
-) -> Tensor:
-    """Clip the gradients in place; returns their global L2 norm ‖g‖ from before.
+Kind = Literal["none", "norm", "value", "adaptive"]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], *, kind: Kind, max: float | None) -> Tensor:
+    """Clip the gradients of ``parameters`` in place; returns their global L2 norm ‖g‖ from before.
 
     none: nothing. norm: g ← g · min(1, max/(‖g‖ + 1e-6)), as torch.nn.utils.clip_grad_norm_. value: every entry into
     [−max, max]. adaptive (Brock et al. 2021, arXiv:2102.06171, section 4.1): for each unit i,
@@ -28,18 +29,22 @@ def clip_gradients(
     waits for the device. Where ‖g‖ is not finite, norm and adaptive leave the gradients as they are.
     Raises ValueError for a ``max`` that is missing, or given to kind none.
     """
+    return clip_held([(p.detach(), p.grad) for p in parameters if p.grad is not None], kind=kind, max=max)
+
+
+def clip_held(held: Sequence[tuple[Tensor, Tensor]], *, kind: Kind, max: float | None) -> Tensor:
+    """`clip_gradients` of pairs of a weight and its gradient."""
     if (max is None) != (kind == "none"):
         way_out = "give a number above 0" if max is None else "remove it or choose another clip.kind"
         raise ValueError(f"clip.max = {max}: with clip.kind {kind}; {way_out}")
-    weights = [p for p in parameters if p.grad is not None]
-    groups: defaultdict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = defaultdict(list)
-    for p in weights:
-        groups[p.grad.device, p.grad.dtype].append(p)  # type: ignore[union-attr]
-    norm = _global_norm([[p.grad for p in group] for group in groups.values()])  # type: ignore[misc]
+    groups: defaultdict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for weight, gradient in held:
+        groups[gradient.device, gradient.dtype].append((weight, gradient))
+    norm = _global_norm([[gradient for _, gradient in group] for group in groups.values()])
     if max is None:
         return norm
     for group in groups.values():
-        gradients: list[Tensor] = [p.grad for p in group]  # type: ignore[misc]
+        gradients = [gradient for _, gradient in group]
         if kind == "norm":
             scale = (max / (norm + 1e-6)).clamp(max=1)
             scale = torch.where(norm.isfinite(), scale, 1)
@@ -48,7 +53,9 @@ def clip_gradients(
             torch._foreach_clamp_min_(gradients, -max)
             torch._foreach_clamp_max_(gradients, max)
         else:
-            torch._foreach_mul_(gradients, _unit_scales(group, gradients, norm.isfinite(), limit=max))
+            torch._foreach_mul_(
+                gradients, _unit_scales([weight for weight, _ in group], gradients, norm.isfinite(), limit=max)
+            )
     return norm
 
 
@@ -61,10 +68,10 @@ def _global_norm(groups: list[list[Tensor]]) -> Tensor:
     return norm
 
 
-def _unit_scales(group: list[nn.Parameter], gradients: list[Tensor], finite: Tensor, *, limit: float) -> list[Tensor]:
+def _unit_scales(weights: list[Tensor], gradients: list[Tensor], finite: Tensor, *, limit: float) -> list[Tensor]:
     """For each gradient what its units are to be multiplied by, in a shape that broadcasts; all units in one go."""
     norms = [_unit_norms(g) for g in gradients]
-    bound = torch.cat([_unit_norms(p.detach()) for p in group]).clamp_(min=EPS).mul_(limit)
+    bound = torch.cat([_unit_norms(weight) for weight in weights]).clamp_(min=EPS).mul_(limit)
     scale = torch.where(finite.to(bound.device), bound / torch.maximum(torch.cat(norms), bound), 1)
     parts = scale.split_with_sizes([len(n) for n in norms])
     return [

@@ -62,7 +62,7 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
     wrong with the recipe.
     """
     try:
-        runtime = Runtime(precision=config.precision, timeout=config.parallel.timeout)
+        runtime = Runtime(precision=config.precision, parallel=config.parallel)
         parts = assemble(config, plan, runtime)
     except ValueError as error:
         raise ConfigError(str(error)) from None

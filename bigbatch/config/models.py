@@ -320,7 +320,16 @@ class Tracking(Section):
 
 
 class Parallel(Section):
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["ddp", "zero1", "fsdp2", "deepspeed"] = Field(
+        "ddp",
+        description="ddp: everything on each process. zero1: optimiser state split by whole parameters. fsdp2: "
+        "parameters, gradients and state sharded (torch's fully_shard). deepspeed: ZeRO, by zero_stage.",
+    )
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="Stage of strategy deepspeed; 1 where not given.")
+    compression: Literal["none", "bf16", "fp16", "powersgd"] = Field(
+        "none", description="How gradients travel: as they are, rounded, or as low-rank factors (arXiv:1905.13727)."
+    )
+    powersgd_rank: Positive = Field(4, description="Rank of the factors of compression powersgd.")
     expect_world_size: Positive | None = None
     timeout: PositiveFloat = Field(1800.0, le=1e7, description="Seconds a collective may take.")
     check_every: Duration | None = Field(

@@ -2,5 +2,6 @@
 
 from .local import RankError, run_processes
 from .runtime import Runtime
+from .strategy import Strategy
 
-__all__ = ["RankError", "Runtime", "run_processes"]
+__all__ = ["RankError", "Runtime", "Strategy", "run_processes"]

@@ -16,6 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from bigbatch.config.models import Parallel
+
+from .strategy import Build, Replicas, Strategy
+
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,7 +32,10 @@ class Runtime:
     a launcher has set up something else than data-parallel processes, or another number of them than it asked for.
     """
 
-    def __init__(self, *, precision: Precision = "fp32", timeout: float = 1800.0, debug: bool = False) -> None:
+    def __init__(
+        self, *, precision: Precision = "fp32", parallel: Parallel | None = None, debug: bool = False
+    ) -> None:
+        self.parallel = parallel = parallel or Parallel()
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             # Autocast is ours (`autocast`), whatever a launcher's configuration says.
@@ -36,7 +43,7 @@ class Runtime:
             kwargs_handlers=[
                 # Batch norm's running statistics are merged, not copied from rank 0.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
             ],
         )
         self.precision = precision
@@ -72,21 +79,27 @@ class Runtime:
         """One process of each machine runs the block before its others do, which find what it left (a download)."""
         return self._accelerator.local_main_process_first()  # type: ignore[no-any-return]
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, build: Build) -> Strategy:
+        """Model and optimiser under ``parallel.strategy``; ``build`` makes the optimiser of the model it is given."""
+        return Replicas(model, build(model), wrap=self._replicate)
+
+    def _replicate(self, model: nn.Module) -> nn.Module:
         """The model under DistributedDataParallel, or as it is on one process."""
         with warnings.catch_warnings():
             # torch renames `broadcast_buffers`; the old name is the one that all supported releases know.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
 
-    def exchange(self, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
-        """Gradients of a backward pass inside are summed over processes only ``when`` true."""
-        return contextlib.nullcontext() if when else self._accelerator.no_sync(model)
-
     def sum(self, tensor: Tensor) -> None:
         """Sum a tensor over all processes, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
+        self.start_sum(tensor)()
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to sum a tensor over all processes, in place; what is returned waits for the sum."""
+        if self.world_size == 1:
+            return lambda: None
+        work = dist.all_reduce(tensor, async_op=True)
+        return work.wait
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every process's tensor, (world size, *shape), by rank."""

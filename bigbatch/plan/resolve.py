@@ -11,6 +11,7 @@ from bigbatch.config import models as m
 from bigbatch.schedules import BatchSchedule, LrSchedule, lr_scale
 from bigbatch.schedules.scaling import SOURCES
 
+from .exchange import check_exchange, describe_compression, describe_strategy
 from .layout import choose_micro, choose_span
 from .plan import Decision, Plan
 from .ramp import SMITH, batch_ramp, check_ramp
@@ -24,6 +25,7 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
     _check_world(config, world_size)
     _check_clip(config)
     check_ramp(config)
+    check_exchange(config)
     clock = _Clock.of(config, dataset_size)
     decisions: list[Decision] = []
 
@@ -47,6 +49,9 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
     span, why, source = choose_span(config.norm, micro=micro, world_size=world_size)
     decide("bn_span", span if span else "none", why, source)
 
+    decide("strategy", *describe_strategy(config.parallel))
+    if config.parallel.compression != "none":
+        decide("compression", *describe_compression(config.parallel))
     clip = config.clip
     if clip.kind != "none":
         decide("clip", f"{clip.kind} {clip.max:g}", "once per update, over the gradient summed over processes")

@@ -81,3 +81,9 @@ def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
                 f"set norm.span={plan.micro_batch} to fix it (no effect on a model without batch norm)"
             ),
         )
+    if config.parallel.compression != "none":
+        yield (
+            "compressed_exchange",
+            f"parallel.compression {config.parallel.compression} rounds what each process sends, so another number of "
+            "processes is another run",
+        )

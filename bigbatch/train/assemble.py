@@ -22,7 +22,8 @@ from .state import Parts
 
 
 def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
-    """Build the parts. The order is law: model → norm conversion → parameter groups → optimiser → wrap.
+    """Build the parts. The order is law: model → norm conversion → parameter groups and optimiser → wrap
+    (the strategy's business, since sharding replaces the parameters).
 
     Raises ValueError for what only the data or the model can tell is wrong: a missing file, an unknown model, a group
     rule that matches nothing.
@@ -42,7 +43,6 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
     if config.norm.zero_init_residual:
         zero_init_residual(model)
-    optimizer = build_optimizer(config.optim, model)
     loader = Loader(
         data,
         stream=Stream(
@@ -61,8 +61,7 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         task=task,
         loader=loader,
         model=model,
-        wrapped=runtime.wrap(model),
-        optimizer=optimizer,
+        strategy=runtime.prepare(model, lambda model: build_optimizer(config.optim, model)),
         stats=BatchStats(model),
         scale=LossScale() if config.precision == "fp16" else None,
         dropout=dropout,

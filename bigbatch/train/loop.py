@@ -145,6 +145,7 @@ def _save(
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
+    model, optimizer = parts.strategy.state()
     if parts.runtime.rank:
         return
     state = {
@@ -154,7 +155,7 @@ def _save(
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
-    checkpoints.save(clock.step, model=parts.model.state_dict(), optimizer=parts.optimizer.state_dict(), state=state)
+    checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state)
 
 
 def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequence[str]]:
@@ -176,8 +177,7 @@ def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequenc
 def _restore(parts: Parts, saved: Saved) -> Clock:
     state = saved.state
     _check_same_run(parts.config, state["recipe"], saved.path)
-    parts.model.load_state_dict(saved.model())
-    parts.optimizer.load_state_dict(saved.optimizer())
+    parts.strategy.load(saved.model(), saved.optimizer())
     if parts.scale and state["loss_scale"]:
         parts.scale.__dict__.update(state["loss_scale"])
     return Clock(**{name: state[name] for name in asdict(Clock())})

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from torch.optim import Optimizer
 
 from bigbatch.config import RunConfig
 from bigbatch.data import Loader
-from bigbatch.dist import Runtime
+from bigbatch.dist import Runtime, Strategy
 from bigbatch.dropout import KeyedDropout
 from bigbatch.norm import BatchStats
 from bigbatch.plan import Plan, PlanWarning
@@ -33,7 +32,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Parts:
-    """All that a step needs, assembled. ``model`` is the module itself, ``wrapped`` what is called in training.
+    """All that a step needs, assembled. ``strategy`` owns model and optimiser; ``model`` is the module itself.
 
     ``dropout`` is None for a model that draws no random numbers, or where torch's own generator is to draw them.
     ``own_buffers`` are not the same on every process. ``warnings`` are those that only the model could give.
@@ -45,8 +44,7 @@ class Parts:
     task: Task
     loader: Loader
     model: nn.Module
-    wrapped: nn.Module
-    optimizer: Optimizer
+    strategy: Strategy
     stats: BatchStats
     scale: LossScale | None
     dropout: KeyedDropout | None

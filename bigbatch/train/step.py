@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bigbatch.clip import clip_gradients
+from bigbatch.clip import clip_held
 from bigbatch.data import shares
 from bigbatch.keyed import fold
 
@@ -18,55 +18,54 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     """Train on the window that starts after ``samples`` samples.
 
     The gradient is Σ loss / Σ weight over the whole window, whatever the number of processes, the accumulation and the
-    size of the window. One gradient exchange per step; one more all-reduce where the weights are not sample counts, and
-    one of the loss when it is asked for. A gradient that is not finite changes nothing but the clock.
+    size of the window. One gradient exchange per step; where the loss is asked for or weights are no sample counts, an
+    all-reduce of both runs beside the last backward pass. A gradient that is not finite changes nothing but the clock.
     """
-    plan, runtime, task = parts.plan, parts.runtime, parts.task
+    plan, runtime, task, strategy = parts.plan, parts.runtime, parts.task, parts.strategy
     size, lr = plan.window(samples), plan.lr(samples)
     pieces, window = my_pieces(parts, samples), shift(range(size), samples)
     scale = parts.scale.value if parts.scale else 1.0
-
-    # DistributedDataParallel divides the sum over processes by their number, which this undoes.
-    factor = runtime.world_size * scale / size
-    parts.optimizer.zero_grad(set_to_none=True)
-    total, weight = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    factor = strategy.divides_by * scale / size
+    send = want_loss or not task.weight_is_count
+    strategy.zero_grad()
+    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for number, piece in enumerate(pieces):
+        last = number == len(pieces) - 1
         batch = parts.loader.train(shift(piece, samples), window=window)
         parts.stats.empty(not piece)
-        with runtime.exchange(parts.wrapped, when=number == len(pieces) - 1):
+        with strategy.exchange(when=last):
             with runtime.autocast(), dropout(parts, shift(piece, samples), window):
-                loss, its_weight = task.loss(parts.wrapped, batch)
+                loss, weight = task.loss(strategy.wrapped, batch)
             if not piece:
-                loss, its_weight = loss * 0, its_weight * 0
-            torch.autograd.backward(loss * factor)
-        total += loss.detach()
-        weight += its_weight
+                loss, weight = loss * 0, weight * 0
+            totals += torch.stack([loss.detach(), weight])
+            if last and send:
+                arrive = runtime.start_sum(totals)
+            strategy.backward(loss * factor)
+    if send:
+        arrive()
 
     # So far the gradient is scaled, and divided by the samples where it should be by their weight.
-    if task.weight_is_count:
-        weight.fill_(size)
-    else:
-        runtime.sum(weight)
+    total, weight = totals
+    held = strategy.held()
     if parts.scale or not task.weight_is_count:
-        gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, size / weight / scale)
+        share = 1.0 if task.weight_is_count else size / weight
+        torch._foreach_mul_([gradient for _, gradient in held], share / scale)
     clip = parts.config.clip
-    norm = float(clip_gradients(parts.model.parameters(), kind=clip.kind, max=clip.max))
+    norm = float(clip_held(held, kind=clip.kind, max=clip.max))
     finite = norm < float("inf")
     if finite:
-        for group in parts.optimizer.param_groups:
+        for group in strategy.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        parts.optimizer.step()
+        strategy.step()
         parts.stats.commit(size)
     else:
+        strategy.zero_grad()
         parts.stats.discard()
     if parts.scale:
         parts.scale.update(finite=finite)
 
-    mean = None
-    if want_loss:
-        runtime.sum(total)
-        mean = float(total / weight)
+    mean = float(total / weight) if want_loss else None
     return StepReport(loss=mean, lr=lr, grad_norm=norm, global_batch=size, skipped=not finite)
 
 

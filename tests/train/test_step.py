@@ -107,7 +107,7 @@ def test_the_rate_is_the_plans() -> None:
     for run in (parts, halves):
         report = train_step(run, samples=192, want_loss=False)
         assert report.lr == run.plan.lr(192) > 0
-    assert [g["lr"] for g in halves.optimizer.param_groups] == [parts.plan.lr(192) / 2, parts.plan.lr(192)]
+    assert [g["lr"] for g in halves.strategy.optimizer.param_groups] == [parts.plan.lr(192) / 2, parts.plan.lr(192)]
 
 
 def test_overflow_in_fp16_skips_the_step_and_halves_the_scale() -> None:
@@ -118,7 +118,7 @@ def test_overflow_in_fp16_skips_the_step_and_halves_the_scale() -> None:
     report = train_step(parts, samples=0, want_loss=True)
     assert report.skipped
     assert parts.scale.value == 2.0**59
-    assert not parts.optimizer.state
+    assert not parts.strategy.optimizer.state
     assert all(torch.equal(before[name], tensor) for name, tensor in parts.model.state_dict().items())
 
     parts.scale.value = 256.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -32,30 +32,43 @@ def clip_gradients(parameters: Iterable[nn.Parameter], *, kind: Kind, max: float
     return clip_held([(p.detach(), p.grad) for p in parameters if p.grad is not None], kind=kind, max=max)
 
 
-def clip_held(held: Sequence[tuple[Tensor, Tensor]], *, kind: Kind, max: float | None) -> Tensor:
-    """`clip_gradients` of pairs of a weight and its gradient."""
+def clip_held(
+    held: Sequence[tuple[Tensor, Tensor]],
+    *,
+    kind: Kind,
+    max: float | None,
+    sum_parts: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """`clip_gradients` of pairs of a weight and its gradient.
+
+    Of gradients that lie on several processes each gives its parts, whole units but for vectors, and as many pairs as
+    the others, some of them empty. ``sum_parts`` then sums a tensor in place over them, once for everything.
+    """
     if (max is None) != (kind == "none"):
         way_out = "give a number above 0" if max is None else "remove it or choose another clip.kind"
         raise ValueError(f"clip.max = {max}: with clip.kind {kind}; {way_out}")
-    groups: defaultdict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for weight, gradient in held:
-        groups[gradient.device, gradient.dtype].append((weight, gradient))
-    norm = _global_norm([[gradient for _, gradient in group] for group in groups.values()])
+    gradients = [gradient for _, gradient in held]
+    units = [(_unit_norms(weight), _unit_norms(gradient)) for weight, gradient in held] if kind == "adaptive" else []
+    groups: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for place, gradient in enumerate(gradients):
+        groups[gradient.device, gradient.dtype].append(place)
+    norm = _global_norm([[gradients[i] for i in places] for places in groups.values()])
+    if sum_parts:
+        vectors = (n for gradient, pair in zip(gradients, units, strict=False) if gradient.dim() < 2 for n in pair)
+        _make_whole([norm, *vectors], sum_parts)
     if max is None:
         return norm
-    for group in groups.values():
-        gradients = [gradient for _, gradient in group]
+    for places in groups.values():
+        group = [gradients[i] for i in places]
         if kind == "norm":
             scale = (max / (norm + 1e-6)).clamp(max=1)
             scale = torch.where(norm.isfinite(), scale, 1)
-            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+            torch._foreach_mul_(group, scale.to(group[0].device))
         elif kind == "value":
-            torch._foreach_clamp_min_(gradients, -max)
-            torch._foreach_clamp_max_(gradients, max)
+            torch._foreach_clamp_min_(group, -max)
+            torch._foreach_clamp_max_(group, max)
         else:
-            torch._foreach_mul_(
-                gradients, _unit_scales([weight for weight, _ in group], gradients, norm.isfinite(), limit=max)
-            )
+            torch._foreach_mul_(group, _unit_scales(group, [units[i] for i in places], norm.isfinite(), limit=max))
     return norm
 
 
@@ -68,10 +81,21 @@ def _global_norm(groups: list[list[Tensor]]) -> Tensor:
     return norm
 
 
-def _unit_scales(weights: list[Tensor], gradients: list[Tensor], finite: Tensor, *, limit: float) -> list[Tensor]:
-    """For each gradient what its units are to be multiplied by, in a shape that broadcasts; all units in one go."""
-    norms = [_unit_norms(g) for g in gradients]
-    bound = torch.cat([_unit_norms(weight) for weight in weights]).clamp_(min=EPS).mul_(limit)
+def _make_whole(norms: list[Tensor], sum_parts: Callable[[Tensor], None]) -> None:
+    """Norms of parts become norms of what they are parts of, in place; each of one value."""
+    squares = torch.stack([norm.to(norms[0].device, torch.float64).view(()) for norm in norms]).square_()
+    sum_parts(squares)
+    for norm, whole in zip(norms, squares.sqrt_(), strict=True):
+        norm.copy_(whole)
+
+
+def _unit_scales(
+    gradients: list[Tensor], units: list[tuple[Tensor, Tensor]], finite: Tensor, *, limit: float
+) -> list[Tensor]:
+    """For each gradient what its units, of these weight and gradient norms, are to be multiplied by, in a shape that
+    broadcasts; all units in one go."""
+    norms = [norm for _, norm in units]
+    bound = torch.cat([weight for weight, _ in units]).clamp_(min=EPS).mul_(limit)
     scale = torch.where(finite.to(bound.device), bound / torch.maximum(torch.cat(norms), bound), 1)
     parts = scale.split_with_sizes([len(n) for n in norms])
     return [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigbatch.config import ConfigError, RunConfig
 from bigbatch.data import Batch, Loader
-from bigbatch.dist import Runtime
+from bigbatch.dist import Runtime, part
 from bigbatch.plan import Plan
 from bigbatch.train import Clock, Parts, RunError, assemble, check_ranks, fingerprints, train_step
 
@@ -68,7 +68,8 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
         raise ConfigError(str(error)) from None
     if role == "jolted":
         for parameter in parts.model.parameters():
-            parameter.data *= 1 + JOLT * torch.finfo(parameter.dtype).eps * torch.randn_like(parameter)
+            mine = part(parameter)
+            mine *= 1 + JOLT * torch.finfo(mine.dtype).eps * torch.randn_like(mine)
     recorder = _Recorder(parts.loader)
     parts = dataclasses.replace(parts, loader=recorder)
     trace, clock = Trace(notes=tuple(warning.message for warning in parts.warnings)), Clock()
@@ -82,15 +83,15 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
         trace.loss.append(math.nan if report.loss is None else report.loss)
         trace.grad_norm.append(report.grad_norm)
         trace.skipped.append(report.skipped)
-        weights: dict[str, Tensor] = dict(parts.model.named_parameters())
-        if not trace.ranks and (odd := _odd_rank(parts, clock, weights)):
+        if not trace.ranks and (odd := _odd_rank(parts, clock, dict(parts.model.named_parameters()))):
             trace.ranks = clock.step, odd
-        running: dict[str, Tensor] = {}
-        if clock.step == 1 or clock.samples >= plan.samples:
+        merged = clock.step == 1 or clock.samples >= plan.samples
+        if merged:
             parts.stats.merge(runtime.sum, rank)
-            buffers = dict(parts.model.named_buffers())
-            running = {name: tensor for name, tensor in parts.model.state_dict().items() if name in buffers}
+        state = parts.strategy.model_state()
         if rank == 0:
+            weights = {name: state[name] for name, _ in parts.model.named_parameters()}
+            running = {name: state[name] for name, _ in parts.model.named_buffers() if merged and name in state}
             file = folder / f"{clock.step}.safetensors"
             if role == "reference":
                 save_file({name: tensor.detach().contiguous() for name, tensor in (weights | running).items()}, file)

@@ -82,6 +82,11 @@ class Loader:
             image, label = data.gather(index)
             yield self._batch(self._normalised(image), label, index, torch.zeros_like(index))
 
+    def rounds(self, part: Literal["train", "validation", "test"], *, world_size: int, batch: int) -> int:
+        """The most batches that any rank has to `evaluate`."""
+        data: Part = getattr(self.dataset, part)
+        return -(-len(data) // (world_size * batch))
+
     def _normalised(self, image: Tensor) -> Tensor:
         return image.to(self.device, non_blocking=True).to(self._work).mul_(self._scale).add_(self._shift)
 

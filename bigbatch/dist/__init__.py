@@ -1,7 +1,8 @@
 """The runtime: processes, devices, collectives."""
 
+from .fsdp2 import part
 from .local import RankError, run_processes
 from .runtime import Runtime
 from .strategy import Strategy
 
-__all__ = ["RankError", "Runtime", "Strategy", "run_processes"]
+__all__ = ["RankError", "Runtime", "Strategy", "part", "run_processes"]

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from bigbatch.config.models import Parallel
 
+from .fsdp2 import FullySharded
 from .strategy import Build, Replicas, Strategy
+from .zero1 import Zero1
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
-AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Runtime:
@@ -71,16 +73,25 @@ class Runtime:
         return torch.float64 if self.precision == "fp64" else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
-        if self.precision not in AUTOCAST:
+        if self.precision not in HALF:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AUTOCAST[self.precision])
+        return torch.autocast(self.device.type, dtype=HALF[self.precision])
 
     def first_on_this_machine(self) -> AbstractContextManager[Any]:
         """One process of each machine runs the block before its others do, which find what it left (a download)."""
         return self._accelerator.local_main_process_first()  # type: ignore[no-any-return]
 
     def prepare(self, model: nn.Module, build: Build) -> Strategy:
-        """Model and optimiser under ``parallel.strategy``; ``build`` makes the optimiser of the model it is given."""
+        """Model and optimiser under ``parallel.strategy``; ``build`` makes the optimiser of the model it is given.
+
+        One process holds everything, whatever the strategy.
+        """
+        strategy = self.parallel.strategy if self.world_size > 1 else "ddp"
+        if strategy == "zero1":
+            return Zero1(model, build(model), wrap=self._replicate)
+        if strategy == "fsdp2":
+            rounds_to = HALF.get(self.parallel.compression)
+            return FullySharded(model, build, sum_parts=self.sum, device=self.device, rounds_to=rounds_to)
         return Replicas(model, build(model), wrap=self._replicate)
 
     def _replicate(self, model: nn.Module) -> nn.Module:

@@ -11,20 +11,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Build = Callable[[nn.Module], Optimizer]
+Reduce = Callable[[Tensor], None]
 State = dict[str, Any]
+
+KERNEL = ("foreach", "fused", "kernel")
+"""What in a parameter group says how it is computed, not what: this process's business, not the checkpoint's."""
 
 
 class Strategy(ABC):
     """Owns the model and the optimiser of a run from their assembly on.
 
     ``wrapped`` is what is called in training. The exchange divides the sum of the gradients over processes by
-    ``divides_by``.
+    ``divides_by``. ``sum_parts`` sums a tensor in place over the processes that hold parts of one gradient; None where
+    each holds gradients whole. In ``lockstep`` every forward pass is a collective, those of an evaluation too.
     """
 
-    model: nn.Module
     wrapped: nn.Module
-    optimizer: Optimizer
     divides_by: int = 1
+    sum_parts: Reduce | None = None
+    lockstep: bool = False
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     @abstractmethod
     def exchange(self, *, when: bool) -> AbstractContextManager[Any]:
@@ -34,36 +43,46 @@ class Strategy(ABC):
         """Add the gradient of ``loss``, 0-dim."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    @abstractmethod
     def zero_grad(self) -> None:
         """Forget all gradients: a step begins, or is skipped."""
+        for p in self._parameters:
+            p.grad = None
 
-    @abstractmethod
     def held(self) -> list[tuple[Tensor, Tensor]]:
         """This process's part of each weight and of its exchanged gradient, which may be changed in place."""
+        return [(p.detach(), p.grad) for p in self._parameters if p.grad is not None]
 
     def step(self) -> None:
         """Step the optimiser along the exchanged gradients."""
         self.optimizer.step()
 
-    @abstractmethod
-    def state(self) -> tuple[State, State]:
-        """The state dicts of model and optimiser as one process without a strategy would have them, on rank 0.
+    def model_state(self) -> State:
+        """The model's state dict as one process without a strategy would have it, on rank 0.
 
-        Every process must call this; the others get as much or less.
+        Every process must call this, and `optimizer_state`; the others get as much or less.
         """
+        return self.model.state_dict()
 
-    @abstractmethod
+    def optimizer_state(self) -> State:
+        """The optimiser's state dict likewise."""
+        return self.optimizer.state_dict()
+
     def load(self, model: State, optimizer: State) -> None:
-        """Take over such state dicts, whole ones, from a run of any strategy and number of processes."""
+        """Take over such state dicts, whole on every process, from a run of any strategy and number of processes."""
+        groups = [
+            {**theirs, **{key: ours[key] for key in KERNEL if key in ours}}
+            for theirs, ours in zip(optimizer["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict({**optimizer, "param_groups": groups})
 
 
 class Replicas(Strategy):
     """``ddp``: every process holds everything, and gradients are summed by DistributedDataParallel."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        self.model, self.optimizer, self.wrapped = model, optimizer, wrap(model)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(model, optimizer)
+        self.wrapped = wrap(model)
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             self.divides_by = self.wrapped.process_group.size()
 
@@ -71,17 +90,3 @@ class Replicas(Strategy):
         if when or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return self.wrapped.no_sync()
-
-    def zero_grad(self) -> None:
-        for p in self._parameters:
-            p.grad = None
-
-    def held(self) -> list[tuple[Tensor, Tensor]]:
-        return [(p.detach(), p.grad) for p in self._parameters if p.grad is not None]
-
-    def state(self) -> tuple[State, State]:
-        return self.model.state_dict(), self.optimizer.state_dict()
-
-    def load(self, model: State, optimizer: State) -> None:
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bigbatch.config.models import Optim
 
@@ -27,6 +28,7 @@ _CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "nadam": torch.optim.NAdam,
 }
 _FUSED = {"sgd": ("cpu", "cuda"), "adagrad": ("cpu",), "adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda")}
+_FUSED_SHARDED = ("adam", "adamw")
 
 
 def build_optimizer(config: Optim, model: nn.Module) -> torch.optim.Optimizer:
@@ -63,7 +65,10 @@ def _check(name: str, options: dict[str, Any]) -> None:
 def _kernel(name: str, params: Sequence[Tensor]) -> dict[str, bool]:
     if name in ("lars", "lamb"):
         return {}
-    return {"fused": True} if all(_fusible(p, _FUSED.get(name, ())) for p in params) else {"foreach": True}
+    devices = _FUSED.get(name, ())
+    if name not in _FUSED_SHARDED and any(isinstance(p, DTensor) for p in params):
+        devices = ()
+    return {"fused": True} if all(_fusible(p, devices) for p in params) else {"foreach": True}
 
 
 def _fusible(p: Tensor, devices: tuple[str, ...]) -> bool:

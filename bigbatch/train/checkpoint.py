@@ -54,8 +54,7 @@ class Checkpoints:
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            # Convolution weights may lie channels last in memory; the file holds them in their plain order.
-            save_file({name: tensor.contiguous() for name, tensor in model.items()}, part / MODEL)
+            save_file(_apart(model), part / MODEL)
             torch.save(optimizer, part / OPTIMIZER)
             (part / STATE).write_text(json.dumps(state, indent=2))
             sums = {name: _sha256(part / name) for name in (MODEL, OPTIMIZER, STATE)}
@@ -136,6 +135,18 @@ def open_newest(root: Path) -> Saved:
     if saved is None:
         raise RunError(f"{root}: no checkpoint yet; train first")
     return saved
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as safetensors takes them: in their plain order, which convolution weights may not have, and a tied
+    weight in memory of its own for each of its names."""
+    apart: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def _score(path: Path, metric: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Literal
 
 import torch
@@ -14,21 +15,21 @@ Split = Literal["train", "validation", "test"]
 def evaluate(parts: Parts, split: Split) -> dict[str, float]:
     """The task's metrics over a whole part of the dataset, equal on every process.
 
-    Running batch-norm statistics are merged over processes first. The only collective is one sum at the end, so uneven
-    shares need no padding.
+    Running batch-norm statistics are merged over processes first, and there is one sum at the end. Where the forward
+    passes between are collectives, a process with fewer batches than another makes up for them with dummies.
     """
-    runtime = parts.runtime
+    runtime, size = parts.runtime, parts.config.eval.batch
     parts.stats.merge(runtime.sum, runtime.rank)
     parts.model.eval()
     # Named by the task, so that a process whose share is empty takes part in the sum.
     total = torch.zeros(len(parts.task.sums), dtype=torch.float64, device=runtime.device)
-    batches = parts.loader.evaluate(
-        split, rank=runtime.rank, world_size=runtime.world_size, batch=parts.config.eval.batch
-    )
+    batches = parts.loader.evaluate(split, rank=runtime.rank, world_size=runtime.world_size, batch=size)
+    rounds = parts.loader.rounds(split, world_size=runtime.world_size, batch=size) if parts.strategy.lockstep else 0
     with torch.no_grad(), runtime.autocast():
-        for batch in batches:
-            sums = parts.task.evaluate(parts.model, batch)
-            total += torch.stack([sums[name] for name in parts.task.sums])
+        for batch, _ in zip_longest(batches, range(rounds)):
+            sums = parts.task.evaluate(parts.model, batch or parts.loader.train(range(0)))
+            if batch:
+                total += torch.stack([sums[name] for name in parts.task.sums])
     parts.model.train()
     runtime.sum(total)
     return parts.task.metrics(dict(zip(parts.task.sums, total.tolist(), strict=True)))

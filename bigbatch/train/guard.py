@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from bigbatch.keyed import hashed
 
@@ -21,12 +22,17 @@ def check_ranks(parts: Parts, clock: Clock, tensors: Mapping[str, Tensor]) -> No
     """Compare these tensors, the plan and the clock over all processes, bit by bit, in one small collective.
 
     Raises RunError on every process where they are not equal; it names the ranks in the minority and what they have
-    that differs. Of a tensor only a hash of its bits travels. Buffers that are each process's own are left out.
+    that differs. Of a tensor only a hash of its bits travels. What is each process's own is left out: such buffers,
+    and parts of a sharded parameter.
     """
     runtime = parts.runtime
     if runtime.world_size == 1:
         return
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in parts.own_buffers}
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in parts.own_buffers and not isinstance(tensor, DTensor)
+    }
     said = {"the plan": parts.plan.to_json(), "the clock": repr(asdict(clock))}
     words = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") for text in said.values()]
     hashes = [fingerprints(tensor.reshape(1, -1)) for tensor in tensors.values()]

@@ -145,7 +145,7 @@ def _save(
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
-    model, optimizer = parts.strategy.state()
+    model, optimizer = parts.strategy.model_state(), parts.strategy.optimizer_state()
     if parts.runtime.rank:
         return
     state = {
@@ -262,9 +262,12 @@ def _finish(
 
 
 def parameters_sha256(parts: Parts) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers, in the order of their names."""
+    """SHA-256 over the names and bytes of all parameters and buffers, in the order of their names.
+
+    A collective; every process gets rank 0's.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(parts.model.state_dict().items()):
+    for name, tensor in sorted(parts.strategy.model_state().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return str(parts.runtime.agree(digest.hexdigest()))

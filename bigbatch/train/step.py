@@ -52,7 +52,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
         share = 1.0 if task.weight_is_count else size / weight
         torch._foreach_mul_([gradient for _, gradient in held], share / scale)
     clip = parts.config.clip
-    norm = float(clip_held(held, kind=clip.kind, max=clip.max))
+    norm = float(clip_held(held, kind=clip.kind, max=clip.max, sum_parts=strategy.sum_parts))
     finite = norm < float("inf")
     if finite:
         for group in strategy.optimizer.param_groups:

@@ -1,15 +1,15 @@
 """Steps per second of bigbatch beside a loop by hand, Accelerate and Lightning: the figures in benchmarks/README.md.
 
     pip install lightning
-    OMP_NUM_THREADS=1 python benchmarks/training_loop.py [cnn mlp] [--rounds 7] [--only NAME ...]
+    OMP_NUM_THREADS=1 python benchmarks/training_loop.py [cnn mlp] [--only NAME ...]
 
 All train the same model from the same weights on the same data in the same batches' sizes, on two gloo processes of one
 thread: DistributedDataParallel with the same options, fused SGD with momentum, a cosine rate set at every step, the
 gradient clipped by its global norm. bigbatch runs its own `train` with its defaults, so it also writes loss, rate and
 gradient norm of every step to metrics.jsonl, skips steps that are not finite and compares its processes once an epoch;
 its images are normalised when they are fetched. The others index tensors that are ready, and report nothing unless
-their name says so. A step is what lies between two fetches of a batch. Every round starts each of them afresh, in
-rotating order, and compares it with the loop by hand of the same round.
+their name says so. All are started at once and take turns, a block of steps each, so that other work on the machine
+meets them alike; what is compared with a block of the loop by hand is the block of the same turn.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import argparse
 import json
 import logging
 import math
+import multiprocessing
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,18 @@ from bigbatch.plan import resolve
 from bigbatch.tasks import build_task
 from bigbatch.train import assemble, train
 
-WORLD, WARMUP, LR, MOMENTUM, CLIP = 2, 20, 0.01, 0.9, 1.0
+WORLD, LR, MOMENTUM, CLIP = 2, 0.01, 0.9, 1.0
+forkserver = multiprocessing.get_context("forkserver")
 DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``recipe`` is what the problem's differ in; the loops take ``steps`` after `WARMUP`."""
+    """``recipe`` is what the problems differ in; a turn takes ``block`` steps."""
 
     title: str
     batch: int
-    steps: int
+    turns: int
     block: int
     recipe: Mapping[str, Any]
 
@@ -62,7 +65,7 @@ class Problem:
             "run": {"dir": out, "stop_after": f"{self.total}st"},
             "duration": f"{2 * self.total}st",  # the evaluation at a run's end is not reached
             "batch": {"global": self.batch},
-            "optim": {"name": "sgd", "lr": LR, "momentum": MOMENTUM},
+            "optim": {"name": "sgd", "lr": LR, "momentum": MOMENTUM, "groups": [{"match": "rest"}]},
             "decay": {"kind": "cosine"},
             "clip": {"kind": "norm", "max": CLIP},
             "eval": {"every": "100%"},
@@ -73,7 +76,7 @@ class Problem:
 
     @property
     def total(self) -> int:
-        return WARMUP + self.steps
+        return self.turns * self.block
 
     def rate(self, step: int) -> float:
         return LR * 0.5 * (1 + math.cos(math.pi * step / (2 * self.total)))
@@ -83,8 +86,8 @@ PROBLEMS = {
     "cnn": Problem(
         "a residual CNN of 78,000 parameters, Fashion-MNIST, batch 256",
         batch=256,
-        steps=61,
-        block=10,
+        turns=20,
+        block=5,
         recipe={
             "task": {"name": "classification", "model": "bigbatch/resnet_small"},
             "data": {"name": "idx", "path": ["data/fashion_mnist", "/usr/share/datasets/fashion-mnist"]},
@@ -93,8 +96,8 @@ PROBLEMS = {
     "mlp": Problem(
         "an MLP of 64-64-64-10, digits, batch 64",
         batch=64,
-        steps=601,
-        block=50,
+        turns=60,
+        block=34,  # two epochs
         recipe={"task": {"name": "classification", "model": "timm/tiny_mlp"}, "data": {"name": "digits"}},
     ),
 }
@@ -108,19 +111,27 @@ def tiny_mlp(*, in_chans: int, num_classes: int, **_: object) -> nn.Module:
 # ------------------------------------------------------------------------------------------------- what all share
 
 
-@dataclass
 class Pace:
-    """When each batch was asked for."""
+    """Seconds of each block of steps; between two of them all other contenders take theirs."""
 
-    times: list[float] = field(default_factory=list)
+    def __init__(self, block: int, *, own: Semaphore, next: Semaphore) -> None:
+        self.blocks: list[float] = []
+        self._block, self._own, self._next, self._steps, self._start = block, own, next, 0, 0.0
 
     def note(self) -> None:
-        self.times.append(time.perf_counter())
+        """A batch is asked for."""
+        if self._steps % self._block == 0:
+            if self._steps:
+                dist.barrier()
+                self.blocks.append(time.perf_counter() - self._start)
+                self.pass_on()
+            self._own.acquire()
+            dist.barrier()
+            self._start = time.perf_counter()
+        self._steps += 1
 
-    def seconds(self, problem: Problem) -> float:
-        """Seconds a step: the median over blocks of steps after the warmup, as other work comes to this machine too."""
-        marks = self.times[WARMUP : problem.total : problem.block]
-        return statistics.median(after - before for before, after in pairwise(marks)) / problem.block
+    def pass_on(self) -> None:
+        self._next.release()
 
 
 class Batches(Iterable[tuple[Tensor, Tensor]]):
@@ -144,9 +155,9 @@ class Batches(Iterable[tuple[Tensor, Tensor]]):
             yield from self
 
 
-def prepare(problem: Problem, rank: int, out: str) -> tuple[nn.Module, torch.optim.Optimizer, Batches, Pace]:
+def prepare(problem: Problem, rank: int, pace: Pace) -> tuple[nn.Module, torch.optim.Optimizer, Batches]:
     """The parts of a loop that is not bigbatch's."""
-    config, pace = problem.config(out), Pace()
+    config = problem.config("unused")
     data = load_data(config.data, seed=0)
     images, labels = data.train.gather(torch.arange(len(data.train)))
     mean, std = (value.float()[:, None, None] for value in (data.mean, data.std))
@@ -154,7 +165,7 @@ def prepare(problem: Problem, rank: int, out: str) -> tuple[nn.Module, torch.opt
     model = build_task(config.task, shape=data.shape, classes=data.classes).build_model()
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, fused=True)
     size = problem.batch // WORLD
-    return model, optimizer, Batches((images / 255 - mean) / std, labels, size=size, rank=rank, pace=pace), pace
+    return model, optimizer, Batches((images / 255 - mean) / std, labels, size=size, rank=rank, pace=pace)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -165,8 +176,8 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 # ------------------------------------------------------------------------------------------------ the contenders
 
 
-def by_hand(problem: Problem, rank: int, out: str, *, report: bool = False) -> Pace:
-    model, optimizer, batches, pace = prepare(problem, rank, out)
+def by_hand(problem: Problem, rank: int, out: str, pace: Pace, *, report: bool = False) -> None:
+    model, optimizer, batches = prepare(problem, rank, pace)
     ddp = DistributedDataParallel(model, **DDP)
     with Path(out, f"metrics_{rank}.jsonl").open("w") as file:
         for step, (image, label) in zip(range(problem.total), batches.endless(), strict=False):
@@ -184,17 +195,16 @@ def by_hand(problem: Problem, rank: int, out: str, *, report: bool = False) -> P
                 if rank == 0:
                     file.write(json.dumps(event) + "\n")
                     file.flush()
-    return pace
 
 
-def by_hand_reporting(problem: Problem, rank: int, out: str) -> Pace:
-    return by_hand(problem, rank, out, report=True)
+def by_hand_reporting(problem: Problem, rank: int, out: str, pace: Pace) -> None:
+    by_hand(problem, rank, out, pace, report=True)
 
 
-def accelerate(problem: Problem, rank: int, out: str) -> Pace:
+def accelerate(problem: Problem, rank: int, out: str, pace: Pace) -> None:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    model, optimizer, batches, pace = prepare(problem, rank, out)
+    model, optimizer, batches = prepare(problem, rank, pace)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(**DDP)])
     model, optimizer = accelerator.prepare(model, optimizer)
     for step, (image, label) in zip(range(problem.total), batches.endless(), strict=False):
@@ -204,15 +214,14 @@ def accelerate(problem: Problem, rank: int, out: str) -> Pace:
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-    return pace
 
 
-def lightning(problem: Problem, rank: int, out: str, *, report: bool = False) -> Pace:
+def lightning(problem: Problem, rank: int, out: str, pace: Pace, *, report: bool = False) -> None:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.strategies import DDPStrategy
 
-    model, optimizer, batches, pace = prepare(problem, rank, out)
+    model, optimizer, batches = prepare(problem, rank, pace)
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -243,15 +252,14 @@ def lightning(problem: Problem, rank: int, out: str, *, report: bool = False) ->
         enable_model_summary=False,
     )
     trainer.fit(Module(), batches)
-    return pace
 
 
-def lightning_reporting(problem: Problem, rank: int, out: str) -> Pace:
-    return lightning(problem, rank, out, report=True)
+def lightning_reporting(problem: Problem, rank: int, out: str, pace: Pace) -> None:
+    lightning(problem, rank, out, pace, report=True)
 
 
-def bigbatch(problem: Problem, rank: int, out: str) -> Pace:
-    config, pace = problem.config(out), Pace()
+def bigbatch(problem: Problem, rank: int, out: str, pace: Pace) -> None:
+    config = problem.config(out)
     plan = resolve(config, world_size=WORLD, dataset_size=size_of(config.data))
     with Runtime() as runtime:
         parts = assemble(config, plan, runtime)
@@ -263,10 +271,9 @@ def bigbatch(problem: Problem, rank: int, out: str) -> Pace:
 
         parts.loader.train = noted  # type: ignore[method-assign]
         train(parts)
-    return pace
 
 
-CONTENDERS: dict[str, Callable[[Problem, int, str], Pace]] = {
+CONTENDERS: dict[str, Callable[[Problem, int, str, Pace], None]] = {
     "by hand": by_hand,
     "by hand, reporting": by_hand_reporting,
     "bigbatch": bigbatch,
@@ -276,27 +283,37 @@ CONTENDERS: dict[str, Callable[[Problem, int, str], Pace]] = {
 }
 
 
-def measure(rank: int, contender: str, problem: str, out: str) -> float:
-    """Seconds a step of one contender takes, in one of its processes."""
+def measure(rank: int, name: str, problem: Problem, out: str, turns: Mapping[str, list[Semaphore]]) -> list[float]:
+    """Seconds of each block of one contender, in one of its processes."""
     import timm  # slow to import
 
     warnings.simplefilter("ignore")
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.ERROR)
     timm.models.register_model(tiny_mlp)
-    return CONTENDERS[contender](PROBLEMS[problem], rank, out).seconds(PROBLEMS[problem])
+    names = list(turns)
+    after = names[(names.index(name) + 1) % len(names)]
+    pace = Pace(problem.block, own=turns[name][rank], next=turns[after][rank])
+    CONTENDERS[name](problem, rank, out, pace)
+    pace.pass_on()
+    # In the first block the others start, and in the last they end; a loop that fetches ahead sees that one whole.
+    return pace.blocks[1 : problem.turns - 1]
 
 
-def compare(problem: str, *, rounds: int, names: list[str]) -> Table:
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            with tempfile.TemporaryDirectory() as out:
-                times[name].append(max(run_processes(WORLD, measure, name, problem, out, timeout=300, limit=600)))
-    table = Table("loop", "steps/s", "ms a step", "ms more", "speed", "quartiles", title=PROBLEMS[problem].title)
-    for name, values in times.items():
-        median, pairs = statistics.median(values), list(zip(values, times["by hand"], strict=True))
-        more = statistics.median(ours - theirs for ours, theirs in pairs)
+def compare(problem: Problem, names: list[str]) -> Table:
+    turns = {name: [forkserver.Semaphore(0) for _ in range(WORLD)] for name in names}
+    for first in turns[names[0]]:
+        first.release()
+    with ThreadPoolExecutor(len(names)) as pool, tempfile.TemporaryDirectory() as out:
+        for name in names:
+            Path(out, name).mkdir()
+        jobs = {name: (measure, name, problem, f"{out}/{name}", turns) for name in names}
+        runs = {name: pool.submit(run_processes, WORLD, *job, timeout=300, limit=300) for name, job in jobs.items()}
+        times = {name: run.result()[0] for name, run in runs.items()}
+    table = Table("loop", "steps/s", "ms a step", "ms more", "speed", "quartiles", title=problem.title)
+    for name, blocks in times.items():
+        median, pairs = statistics.median(blocks) / problem.block, list(zip(blocks, times["by hand"], strict=True))
+        more = statistics.median(ours - theirs for ours, theirs in pairs) / problem.block
         low, speed, high = statistics.quantiles([theirs / ours for ours, theirs in pairs], n=4)
         figures = f"{1 / median:.1f}", f"{1000 * median:.2f}", f"{1000 * more:+.2f}", f"{speed:.3f}"
         table.add_row(name, *figures, f"{low:.3f} to {high:.3f}")
@@ -306,12 +323,11 @@ def compare(problem: str, *, rounds: int, names: list[str]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", default=list(PROBLEMS), metavar="PROBLEM", help=" or ".join(PROBLEMS))
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="NAME", help="besides the loop by hand")
     args = parser.parse_args()
     names = list(dict.fromkeys(["by hand", *args.only]))
     for problem in args.problems:
-        Console().print(compare(problem, rounds=args.rounds, names=names))
+        Console().print(compare(PROBLEMS[problem], names))
 
 
 if __name__ == "__main__":

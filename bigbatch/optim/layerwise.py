@@ -213,26 +213,27 @@ class LayerwiseOptimizer(Optimizer):
             self._fill(buckets[key], p, w, span, first)
         if steps:
             torch._foreach_add_(steps, 1)
-        return list(buckets.values()), extents, copies
+        return [bucket for bucket in buckets.values() if bucket.layers], extents, copies
 
     def _fill(self, bucket: Bucket, p: Tensor, w: Tensor, span: Span, first: int) -> None:
         """Add a parameter, updated through w, to a bucket, cut into its segments; ``first`` numbers its first layer."""
-        whole = {"w": w, "g": self._gradient(p, w)}
-        whole |= {name: self._state(p, name, w) for name in self._moments(bucket.group)}
+        whole = [("w", w), ("g", self._gradient(p, w))]
+        whole += [(name, self._state(p, name, w)) for name in self._moments(bucket.group)]
         if not bucket.fused:
-            whole["scratch"] = self._lasting("scratch", p, w)
+            whole.append(("scratch", self._lasting("scratch", p, w)))
         for layer, start, stop in ((0, 0, None),) if span.cuts is None else span.cuts:
-            for name, tensor in whole.items():
+            for name, tensor in whole:
                 bucket.tensors[name].append(tensor if stop is None else tensor[start:stop])
             bucket.layers.append(first + layer)
-            bucket.steps += [self.state[p]["step"]] if self.counts_steps else []
+            if self.counts_steps:
+                bucket.steps.append(self.state[p]["step"])
 
     def _weight(self, p: Tensor, group: Group) -> tuple[Tensor, bool | None]:
         """What is updated for p, and how it is copied to p afterwards: None where it is p itself, else stochastically?
 
         It is dense and of float32 or float64.
         """
-        mine, dtype = local(p), wide(p.dtype)
+        mine, dtype = local(p.detach()), wide(p.dtype)
         if mine.dtype == dtype and dense(mine):
             return mine, None
         stochastic = mine.dtype != dtype and group["low_precision"] == "stochastic"

@@ -50,6 +50,16 @@ def parameters(weights: Sequence[Tensor]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(w.clone(memory_format=torch.preserve_format)) for w in weights]
 
 
+def shard_like(p, whole: Tensor) -> Tensor:
+    """This process's shard of ``whole``, as fully_shard cuts it: along the rows, on the last dimension of p's mesh."""
+    mesh, rows = p.device_mesh, whole.chunk(p.device_mesh.size(-1))
+    rank = mesh.get_local_rank(mesh.ndim - 1)
+    mine = rows[rank] if rank < len(rows) else whole[:0]
+    return type(p.data).from_local(
+        mine.clone(), mesh, p.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
 def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-12) -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=tolerance, atol=tolerance)

@@ -88,11 +88,11 @@ class Runtime:
         """
         strategy = self.parallel.strategy if self.world_size > 1 else "ddp"
         if strategy == "zero1":
-            return Zero1(model, build(model), wrap=self._replicate)
+            return Zero1(model, build(model), wrap=self._replicate, parallel=self.parallel)
         if strategy == "fsdp2":
             rounds_to = HALF.get(self.parallel.compression)
             return FullySharded(model, build, sum_parts=self.sum, device=self.device, rounds_to=rounds_to)
-        return Replicas(model, build(model), wrap=self._replicate)
+        return Replicas(model, build(model), wrap=self._replicate, parallel=self.parallel)
 
     def _replicate(self, model: nn.Module) -> nn.Module:
         """The model under DistributedDataParallel, or as it is on one process."""
@@ -100,6 +100,15 @@ class Runtime:
             # torch renames `broadcast_buffers`; the old name is the one that all supported releases know.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
+
+    def seed(self, number: int) -> None:
+        """Seed torch's generators of this process's devices, 0 ≤ number < 2⁶⁴.
+
+        torch.manual_seed also asks for devices that are not there, which takes longer than a small training step.
+        """
+        torch.default_generator.manual_seed(number)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def sum(self, tensor: Tensor) -> None:
         """Sum a tensor over all processes, in place."""

@@ -16,15 +16,12 @@ from bigbatch.config.models import Parallel
 Probe = Callable[[GradBucket], None]
 
 
-def register(wrapped: nn.parallel.DistributedDataParallel, parallel: Parallel, probes: Sequence[Probe] = ()) -> None:
+def exchange_with(wrapped: nn.parallel.DistributedDataParallel, parallel: Parallel, probes: Sequence[Probe]) -> None:
     """From now on gradients travel as ``parallel.compression`` says, once each of ``probes`` has seen them.
 
     A probe is given each bucket of this process's own gradient, accumulated and not yet exchanged, and must leave it as
-    it is. Whatever the compression, the exchange divides the sum over processes by their number. Without either,
-    DistributedDataParallel's own exchange stays. Once per model.
+    it is. Whatever the compression, the exchange divides the sum over processes by their number. Once per model.
     """
-    if parallel.compression == "none" and not probes:
-        return
     state, exchange = _exchange(wrapped, parallel)
 
     def hook(state: Any, bucket: GradBucket) -> Future[Tensor]:
@@ -32,6 +29,7 @@ def register(wrapped: nn.parallel.DistributedDataParallel, parallel: Parallel, p
             probe(bucket)
         return exchange(state, bucket)
 
+    hook.__annotations__.clear()  # torch compares them with classes, and these are strings
     wrapped.register_comm_hook(state, hook)
 
 

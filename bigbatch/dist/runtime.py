@@ -44,7 +44,12 @@ class Runtime:
             mixed_precision="no",
             kwargs_handlers=[
                 # Batch norm's running statistics are merged, not copied from rank 0.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                    # Where gloo runs the collectives of two buckets, PowerSGD's mix them up between processes.
+                    bucket_cap_mb=2**20 if parallel.compression == "powersgd" and not torch.cuda.is_available() else 25,
+                ),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
             ],
         )

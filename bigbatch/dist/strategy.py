@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from bigbatch.config.models import Parallel
 
-from .compress import register
+from .compress import Probe, exchange_with
 
 Build = Callable[[nn.Module], Optimizer]
 Reduce = Callable[[Tensor], None]
@@ -45,10 +45,15 @@ class Strategy(ABC):
     def exchange(self, *, when: bool) -> AbstractContextManager[Any]:
         """Gradients of forward and backward passes inside are summed over processes only ``when`` true."""
 
-    def start(self) -> None:
-        """Training begins: the model has been tried, and compression may set in."""
+    def start(self, probes: Sequence[Probe] = ()) -> None:
+        """Training begins: the model has been tried, compression may set in, and probes may look; see `exchange_with`.
 
-    def backward(self, loss: Tensor, totals: Tensor) -> None:
+        ValueError for probes where gradients do not pass them.
+        """
+        if probes:
+            raise ValueError(f"probes = {len(probes)}: only DistributedDataParallel shows them gradients; use ddp or zero1")
+
+    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
         """Add the gradient of ``loss``, 0-dim.
 
         Where the strategy ``carries`` and gradients are exchanged, ``totals``, of shape (2,), become their sums over all
@@ -108,19 +113,21 @@ class Replicas(Strategy):
             self.divides_by = self.wrapped.process_group.size()
             self.carries = parallel.compression == "none"
 
-    def start(self) -> None:
-        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            register(self.wrapped, self._parallel)
+    def start(self, probes: Sequence[Probe] = ()) -> None:
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and (probes or not self.carries):
+            exchange_with(self.wrapped, self._parallel, probes)
+            self.carries = False
 
-    def backward(self, loss: Tensor, totals: Tensor) -> None:
+    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
         if not getattr(self.wrapped, "require_backward_grad_sync", False):
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        # What is compressed would no longer be a sum.
+        # What is compressed would no longer be a sum, and probes are to see nothing but gradients.
         sums = self._carrier.sums
         sums.grad = None
-        torch.autograd.backward((loss, sums), (torch.ones_like(loss), totals.to(sums.dtype) * self.carries))
-        if self.carries and sums.grad is not None:
+        cargo = totals.to(sums.dtype) if self.carries and totals is not None else torch.zeros_like(sums)
+        torch.autograd.backward((loss, sums), (torch.ones_like(loss), cargo))
+        if self.carries and totals is not None and sums.grad is not None:
             totals.copy_(sums.grad).mul_(self.divides_by)
 
     def exchange(self, *, when: bool) -> AbstractContextManager[Any]:

@@ -91,7 +91,7 @@ def _try(
         with strategy.exchange(when=True):
             with dropout.at(range(2), range(2)) if dropout else nullcontext():
                 loss = forward()
-            strategy.backward(loss, torch.zeros(2, device=runtime.device))
+            strategy.backward(loss)
         strategy.zero_grad()
         stats.check(2)
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigbatch.optim import LAMB, LARS
+from bigbatch.optim.trust import CHUNK
 from optim.problems import assert_equal, parameters, problem, rates, train
 from reference.lamb import lamb as lamb_twin
 from reference.lars import lars as lars_twin
@@ -242,6 +243,53 @@ def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options):
         assert all(s.device.type == "cuda" for p in params for k, s in optimizer.state[p].items() if k != "step")
         if kind is LARS or (capturable and "capturable" in options):
             assert devices.copies == 0
+
+
+class _Fresh(TorchDispatchMode):
+    """The most elements of a tensor that an operation makes, as opposed to writes to or views."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(r.alias_info is None for r in func._schema.returns):
+            made = result if isinstance(result, (tuple, list)) else [result]
+            sizes = [t.numel() for t in made if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+            self.largest = max([self.largest, *sizes])
+        return result
+
+
+@each
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_large_is_allocated_after_the_first_step(kind, options, kernel, dtype):
+    """One parameter needs its gradient laid out anew, one its weights. What is allocated is a chunk at most."""
+    shapes = [((2, CHUNK), "plain"), ((600, 1000), "transposed"), ((600, 1000), "strided")]
+    params = parameters(list(_layouts(shapes, torch.Generator().manual_seed(0), dtype)))
+    optimizer = kind(params, 0.1, kernel=kernel, **options)
+    for p in params:
+        p.grad = torch.ones(p.shape, dtype=dtype)
+    largest = []
+    for _ in range(3):
+        with _Fresh() as fresh:
+            optimizer.step()
+        largest.append(fresh.largest)
+    assert largest[0] > CHUNK >= max(largest[1:])
+
+
+@each
+@both
+def test_float32_is_right_to_a_millionth_after_100_steps(kind, options, kernel):
+    shapes = ((30, 40), (7,), (3, 2, 5, 5), (64, 64), (1,))
+    weights, gradients = problem(100, shapes=shapes, dtype=torch.float32)
+    twin = lars_twin if kind is LARS else lamb_twin
+    params = parameters(weights)
+    ours = train(kind(params, 1.0, kernel=kernel, **options), params, gradients, rates(100, 0.02))
+    options = {k: v for k, v in options.items() if k != "capturable"}
+    wide = twin([w.double() for w in weights], [[g.double() for g in gradient] for gradient in gradients],
+                rates(100, 0.02), **options)  # fmt: skip
+    for a, b in zip(ours, wide, strict=True):
+        assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
 @each

@@ -50,6 +50,15 @@ class Bucket:
 class LayerwiseOptimizer(Optimizer):
     """Base of the layer-wise optimisers. Never writes to a gradient; no value is read on the host but the CPU's.
 
+    kernel: "fused" goes through torch's fused CPU kernels tensor by tensor, "foreach" updates all tensors at once;
+    "auto" is fused for whole tensors of the CPU. Neither allocates more than a chunk (``trust.CHUNK``) after the first
+    step. float32 and float64 parameters are updated in their own precision. bfloat16 and float16 ones have float32
+    momenta and, with low_precision "master", a float32 copy of the weights in the state, made in their first step;
+    "stochastic" rounds the new weights at random to one of their neighbours (arXiv:2010.06192) and keeps no copy.
+
+    DTensors, as :func:`fully_shard` makes them, and flat partitions (:meth:`set_segments`) are layers in pieces: the
+    norms are those of whole layers, by one all-reduce a step for each process group.
+
     Parameters without a gradient are skipped. ValueError for an illegal option, a sparse gradient, or a parameter
     that is not of a real floating-point dtype.
     """

@@ -57,6 +57,28 @@ def test_state_dict_continues_bit_for_bit(kind, options, kernel, dtype, tensor_r
 
 
 @each
+def test_state_of_other_days_and_layouts_is_taken_up(kind, options):
+    """Groups without the newer options, momenta in the parameter's own precision, another memory format."""
+    weights, gradients = problem(6, shapes=[(2, 3, 2, 2), (4, 3)], dtype=torch.bfloat16)
+    first = parameters(weights)
+    optimizer = kind(first, 0.1, **options)
+    train(optimizer, first, gradients[:3], [0.1] * 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["kernel"], group["low_precision"]
+    for state in saved["state"].values():
+        state.pop("master")
+        state |= {key: value.bfloat16() for key, value in state.items() if key != "step"}
+    second = parameters([first[0].detach().to(memory_format=torch.channels_last), first[1].detach()])
+    resumed = kind(second, 0.1)
+    resumed.load_state_dict(saved)
+    ends = [train(o, p, gradients[3:], [0.1] * 3) for o, p in ((optimizer, first), (resumed, second))]
+    assert_equal(*ends, 0.02)
+    assert all(s.dtype == torch.float32 for p in second for s in resumed.state[p].values())
+    assert all(s.stride() == p.stride() for p in second for key, s in resumed.state[p].items() if key != "step")
+
+
+@each
 @both
 def test_gradients_are_never_written_to(kind, options, kernel):
     weights, gradients = problem(1)
@@ -227,12 +249,14 @@ class _Devices(TorchDispatchMode):
 
 
 @each
-def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low_precision", ["master", "stochastic"])
+def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options, dtype, low_precision):
     """Fake CUDA tensors have no values: any read of one on the host, or branch on it, raises."""
     capturable = options.get("capturable", True)
     with FakeTensorMode() as fake:
-        params = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((3, 2), (4,), ())]
-        optimizer = kind(params, 0.1, **options)
+        params = [torch.nn.Parameter(torch.empty(shape, device="cuda", dtype=dtype)) for shape in ((3, 2), (4,), ())]
+        optimizer = kind(params, 0.1, low_precision=low_precision, **options)
         optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda")
         for p in params:
             p.grad = torch.empty_like(p)

@@ -106,11 +106,11 @@ def measure(name: str, family: str, rounds: int) -> dict[str, list[float]]:
 def table_of(name: str, family: str, times: dict[str, list[float]]) -> Table:
     medians = {label: statistics.median(values) for label, values in times.items()}
     peers = [next(label for label in times if label.startswith(peer)) for peer in ("torch", "timm", "pytorch_opt")]
-    table = Table("", "median ms", "quartiles", *(f"× {peer}" for peer in peers), title=f"{name}, {family}")
+    table = Table("", "median ms", "quartiles", "fastest", *(f"× {peer}" for peer in peers), title=f"{name}, {family}")
     for label, values in times.items():
         low, _, high = statistics.quantiles(values, n=4)
         ratios = [f"{medians[label] / medians[peer]:.2f}" for peer in peers]
-        table.add_row(label, f"{medians[label]:.1f}", f"{low:.1f} to {high:.1f}", *ratios)
+        table.add_row(label, f"{medians[label]:.1f}", f"{low:.1f} to {high:.1f}", f"{min(values):.1f}", *ratios)
     return table
 
 

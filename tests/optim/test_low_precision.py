@@ -34,7 +34,9 @@ def test_master_weights_are_the_float32_run_rounded(dtype, kernel, kind, options
     ours, wide = parameters(weights), parameters([w.float() for w in weights])
     optimizer = kind(ours, 1.0, kernel=kernel, **options)
     train(optimizer, ours, gradients, rates(STEPS, 0.1))
-    train(kind(wide, 1.0, kernel=kernel, **options), wide, [[g.float() for g in x] for x in gradients], rates(STEPS, 0.1))
+    train(
+        kind(wide, 1.0, kernel=kernel, **options), wide, [[g.float() for g in x] for x in gradients], rates(STEPS, 0.1)
+    )
     for p, w in zip(ours, wide, strict=True):
         assert torch.equal(p, w.to(dtype)) and torch.equal(optimizer.state[p]["master"], w.detach())
         assert all(s.dtype == torch.float32 for s in optimizer.state[p].values())

@@ -238,7 +238,7 @@ class LayerwiseOptimizer(Optimizer):
 
         It is dense and of float32 or float64.
         """
-        mine, dtype = local(p.detach()), wide(p.dtype)
+        mine, dtype = local(p).detach(), wide(p.dtype)
         if mine.dtype == dtype and dense(mine):
             return mine, None
         stochastic = mine.dtype != dtype and group["low_precision"] == "stochastic"
@@ -261,7 +261,7 @@ class LayerwiseOptimizer(Optimizer):
         state: dict[str, Tensor] = self.state[p]
         if name not in state:
             state[name] = torch.zeros_like(p, dtype=w.dtype, memory_format=torch.preserve_format)
-        elif not alike(local(state[name]), w):  # loaded from a run with another memory format
+        elif state[name].dtype != w.dtype or not alike(local(state[name]), w):  # the model was converted since
             state[name] = torch.zeros_like(p, dtype=w.dtype, memory_format=torch.preserve_format).copy_(state[name])
         return local(state[name])
 
@@ -274,9 +274,10 @@ class LayerwiseOptimizer(Optimizer):
 
     def _lasting(self, name: str, p: Tensor, like: Tensor) -> Tensor:
         """A tensor for use within a step, allocated once: dense, and laid out as ``like`` where that is dense."""
-        held = self._scratch.get((name, p))
-        if held is None or held.shape != like.shape or held.device != like.device or not alike(held, like):
-            held = self._scratch[name, p] = torch.empty_like(like, dtype=wide(like.dtype))
+        held, dtype = self._scratch.get((name, p)), wide(like.dtype)
+        fits = held is not None and (held.shape, held.dtype, held.device) == (like.shape, dtype, like.device)
+        if held is None or not fits or (dense(like) and not alike(held, like)):
+            held = self._scratch[name, p] = torch.empty_like(like, dtype=dtype)
         return held
 
 

@@ -41,13 +41,18 @@ def train(optimizer, params: Sequence[Tensor], gradients, lrs) -> list[Tensor]:
             else:
                 group["lr"] = lr
         for p, g in zip(params, gradient, strict=True):
-            p.grad = None if g is None else g.clone(memory_format=torch.preserve_format)
+            p.grad = None if g is None else twin_of(g)
         optimizer.step()
     return list(params)
 
 
 def parameters(weights: Sequence[Tensor]) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(w.clone(memory_format=torch.preserve_format)) for w in weights]
+    return [torch.nn.Parameter(twin_of(w)) for w in weights]
+
+
+def twin_of(t: Tensor) -> Tensor:
+    """A copy with the very strides of ``t``; clone() would close its gaps."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t.detach())
 
 
 def shard_like(p, whole: Tensor) -> Tensor:

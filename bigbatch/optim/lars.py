@@ -124,24 +124,29 @@ def _ratio(group: Group, lr: float | Tensor) -> Callable[..., Any]:
 
 
 def _momentum_step(w: list[Tensor], g: list[Tensor], v: list[Tensor], inner: float, outer: float, group: Group) -> None:
-    """v ← m v + inner·(g + βw); w ← w − outer·v, or with Nesterov's look ahead.
+    """v ← m v + a, a = inner·(g + βw); w ← w − outer·v, with Nesterov's look ahead w ← w − outer·(a + m v).
 
-    torch's kernel does this in one pass over memory, its dampening being 1 − inner. But 1 − (1 − inner) is off by
-    2⁻⁵⁴, which must not show, and under nesterov the kernel adds the gradient undamped: then it takes several passes.
+    torch's kernel does this in one pass over memory, its dampening being 1 − inner; 1 − (1 − inner) is off by 2⁻⁵⁴, and
+    where that would show it takes several passes. Looking ahead is two kernels: w ← w − outer·m v / keep, and then
+    w ← w − outer·inner·(g + βw), which shrinks what is there by keep = 1 − outer·inner·β.
     """
-    m, beta = group["momentum"], group["weight_decay"]
+    m, beta, maximize = group["momentum"], group["weight_decay"], group["maximize"]
+    sgd = partial(torch._fused_sgd_, weight_decay=beta, nesterov=False, maximize=maximize, is_first_step=False)
     exact = inner > (2**-10 if w[0].dtype == torch.float64 else 2**-26)
-    if not v or (exact and not group["nesterov"]):
-        torch._fused_sgd_(
-            w, g, v, weight_decay=beta, momentum=m, lr=outer if v else inner * outer, dampening=1 - inner,
-            nesterov=False, maximize=group["maximize"], is_first_step=False,
-        )  # fmt: skip
-        return
-    ascent = -inner if group["maximize"] else inner
-    torch._foreach_mul_(v, m)
-    torch._foreach_add_(v, g, alpha=ascent)
-    torch._foreach_add_(v, w, alpha=inner * beta)
-    if group["nesterov"]:
-        torch._foreach_mul_(w, 1 - outer * inner * beta)
-        torch._foreach_add_(w, g, alpha=-outer * ascent)
-    torch._foreach_add_(w, v, alpha=-outer * (m if group["nesterov"] else 1))
+    keep = 1 - outer * inner * beta
+    if not v:
+        sgd(w, g, [], momentum=0.0, lr=outer * inner, dampening=0.0)
+    elif exact and not group["nesterov"]:
+        sgd(w, g, v, momentum=m, lr=outer, dampening=1 - inner)
+    elif exact and keep > 0.5:
+        sgd(w, g, v, momentum=m, lr=outer * m / keep, dampening=1 - inner)
+        sgd(w, g, [], momentum=0.0, lr=outer * inner, dampening=0.0)
+    else:
+        ascent = -inner if maximize else inner
+        torch._foreach_mul_(v, m)
+        torch._foreach_add_(v, g, alpha=ascent)
+        torch._foreach_add_(v, w, alpha=inner * beta)
+        if group["nesterov"]:
+            torch._foreach_mul_(w, keep)
+            torch._foreach_add_(w, g, alpha=-outer * ascent)
+        torch._foreach_add_(w, v, alpha=-outer * (m if group["nesterov"] else 1))

@@ -50,6 +50,15 @@ class Bucket:
 class LayerwiseOptimizer(Optimizer):
     """Base of the layer-wise optimisers. Never writes to a gradient; no value is read on the host but the CPU's.
 
+    kernel: "fused" goes through torch's fused CPU kernels tensor by tensor, "foreach" updates all tensors at once;
+    "auto" is fused for whole tensors of the CPU. Neither allocates more than a chunk (``trust.CHUNK``) after the first
+    step. float32 and float64 parameters are updated in their own precision. bfloat16 and float16 ones have float32
+    momenta and, with low_precision "master", a float32 copy of the weights in the state, made in their first step;
+    "stochastic" rounds the new weights at random to one of their neighbours (arXiv:2010.06192) and keeps no copy.
+
+    DTensors, as :func:`fully_shard` makes them, and flat partitions (:meth:`set_segments`) are layers in pieces: the
+    norms are those of whole layers, by one all-reduce a step for each process group.
+
     Parameters without a gradient are skipped. ValueError for an illegal option, a sparse gradient, or a parameter
     that is not of a real floating-point dtype.
     """
@@ -140,19 +149,14 @@ class LayerwiseOptimizer(Optimizer):
 
     def _is_fused(self, group: Group, index: int) -> bool:
         p = group["params"][index]
-        where = None
-        if p.device.type != "cpu":
-            where = f"on {p.device.type}"
-        elif p in self._segments or hasattr(p, "to_local"):
-            where = "in pieces on several processes"
-        legal = group["kernel"] != "fused" or where is None
-        require(
-            legal,
-            "kernel",
-            group,
-            f"is for whole tensors of the CPU, and {_name(group, index)} is {where}; choose auto",
-        )
-        return group["kernel"] != "foreach" and where is None
+        where = "in pieces on several processes" if self._span(p).groups else f"on {p.device.type}"
+        possible = where == "on cpu"
+        way_out = f"is for whole tensors of the CPU, and {_name(group, index)} is {where}; choose auto"
+        require(possible or group["kernel"] != "fused", "kernel", group, way_out)
+        return possible and group["kernel"] != "foreach"
+
+    def _span(self, p: Tensor) -> Span:
+        return self._segments.get(p) or span_of(p)
 
     def _update(self) -> None:
         buckets, extents, copies = self._collect()
@@ -161,14 +165,15 @@ class LayerwiseOptimizer(Optimizer):
             norm = sum_over_groups(parts, extents).sqrt()
             for bucket in buckets:
                 bucket.gradient_norm = norm if bucket.group["prenormalize"] else None
-        for bucket in (bucket for bucket in buckets if bucket.fused):
-            self._fused(bucket)
-        updates = [(bucket, self._foreach(bucket)) for bucket in buckets if not bucket.fused]
-        waiting = [(bucket, update, asked) for bucket, update in updates if (asked := next(update, None)) is not None]
-        for groups, extent in extents.items():
-            theirs = [(update, asked, bucket.layers) for bucket, update, asked in waiting if bucket.groups == groups]
-            answers = sum_over_layers([(asked, layers) for _, asked, layers in theirs], groups, extent)
-            for (update, _, _), answer in zip(theirs, answers, strict=True):
+        updates: dict[Groups, list[tuple[Update, Tensor, list[int]]]] = {groups: [] for groups in extents}
+        for bucket in buckets:
+            if bucket.fused:
+                self._fused(bucket)
+            elif (asked := next(update := self._foreach(bucket), None)) is not None:
+                updates[bucket.groups].append((update, asked, bucket.layers))
+        for groups, waiting in updates.items():
+            answers = sum_over_layers([(asked, layers) for _, asked, layers in waiting], groups, extents[groups])
+            for (update, _, _), answer in zip(waiting, answers, strict=True):
                 with suppress(StopIteration):
                     update.send(answer)
         for place, p, w, stochastic in copies:
@@ -195,7 +200,7 @@ class LayerwiseOptimizer(Optimizer):
         extents, copies, steps = Extents(), list[Copy](), list[Tensor]()
         members = [(group, index, p) for group in self.param_groups for index, p in enumerate(group["params"])]
         for place, (group, index, p) in enumerate(members):
-            span = self._segments.get(p) or span_of(p)
+            span = self._span(p)
             first = extents.add(p, span, adapt=group["adapt"])
             if p.grad is None:
                 continue

@@ -12,9 +12,9 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 Number = TypeVar("Number", float, Tensor)
 
 # Elements. Few enough for a chunk to stay in the cache between kernels and for a float32 dot product to keep its digits
-# (on normal random numbers its error grows from 1e-6 here to 2e-4 at 2²⁴; torch's vector_norm on the CPU: 2e-3), and
+# (on random numbers its error grows from 1e-6 here to 2e-4 at 2²⁴; torch's vector_norm on the CPU: 2e-3), and
 # enough to make little of what a call costs.
-CHUNK = 1 << 19
+CHUNK = 1 << 18
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -104,6 +104,30 @@ def test_zero_rate_is_safe_and_momentum_is_kept_through_it_by_the_correction():
     assert_equal(results["corrected"], results["outside"], 0)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e4, 1e12])
+def test_both_paths_agree_in_float32_however_large_the_gradient(scale, nesterov):
+    """λ falls to 1e-15 here, where 1 − (1 − γλ) would be 0 or double its value."""
+    weights, gradients = problem(6, shapes=[(30, 40)], dtype=torch.float32)
+    gradients = [[scale * g for g in gradient] for gradient in gradients]
+    options = {"nesterov": nesterov, "weight_decay": 0.0}
+    fused, foreach = parameters(weights), parameters(weights)
+    train(LARS(fused, 1.0, kernel="fused", **options), fused, gradients, [50.0] * 6)
+    train(LARS(foreach, 1.0, kernel="foreach", **options), foreach, gradients, [50.0] * 6)
+    assert (fused[0] - weights[0]).norm() > 0.1 * weights[0].norm()
+    assert (fused[0] - foreach[0]).norm() < 1e-6 * weights[0].norm()
+
+
+def test_nesterov_where_decay_takes_most_of_the_weight():
+    """1 − γλβ, by which two kernels would divide, is 0 at first and negative with other numbers."""
+    weights, gradients = problem(20, shapes=[(4, 3)])
+    for beta in (1.0, 1.7):
+        options = {"nesterov": True, "weight_decay": beta, "adapt": False, "momentum": 0.5}
+        ours = parameters(weights)
+        train(LARS(ours, 1.0, kernel="fused", **options), ours, gradients, [1.0] * 20)
+        assert_equal(ours, twin(weights, gradients, [1.0] * 20, **options))
+
+
 def test_weight_decay_zero_still_adapts():
     w, g = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.8])
     p = torch.nn.Parameter(w.clone())

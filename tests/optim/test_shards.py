@@ -108,7 +108,7 @@ def test_fully_shard_equals_whole_layers_in_one_collective(mesh_shape):
 
 
 # Layers of 6, 4, 1 and 5 elements, cut so that the first lies on three processes, one process has nothing but padding,
-# and the second is in two segments of one partition. Per process: segments of (layer, start, stop, offset in the layer).
+# and the second is in two segments of one partition. Per process: its size, (layer, start, stop, offset in the layer).
 LAYERS = ((6,), (4,), (1,), (5,))
 CUTS = (
     (8, [(1, 0, 1, 0), (0, 1, 3, 0), (1, 4, 7, 1)]),
@@ -193,7 +193,7 @@ def group_without_default(rank):
 
 
 def test_norms_stay_within_the_group():
-    """The first LAMB update is γ‖w‖/‖u‖ · u, and u has equal elements: γ times the mean square of the group's weights."""
+    """The first LAMB update is γ‖w‖/‖u‖ · u, and u has equal elements: each moves by γ√(mean w² of the group)."""
     moved = run_ranks(4, group_without_default)
     for rank, step in enumerate(moved):
         mean_square = torch.tensor([1.0, 4.0] if rank < 2 else [9.0, 16.0]).mean()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .layerwise import Group, LayerwiseOptimizer, Params, descend, gradients, rate_and_path, require
-from .trust import Tensors, global_norm, lamb_ratios
-
-_OPTIONS = ("betas", "eps", "weight_decay", "bias_correction", "clamp_weight_norm", "adapt", "maximize")
+from .layerwise import Bucket, Group, LayerwiseOptimizer, Params, Update, descend, require
+from .trust import CHUNK, Tensors, chunks, flat, lamb_ratio, square, squares
 
 
 class LAMB(LayerwiseOptimizer):
@@ -32,10 +30,11 @@ class LAMB(LayerwiseOptimizer):
     Differs from the paper: φ is unclamped unless asked.
 
     lr may be a 0-dim tensor, best on the parameters' device. capturable keeps the step counters there too, so that
-    a step reads nothing from the host (needed, with a device lr, in a CUDA graph). Norms and bias corrections are
-    float32 (float64 for float64 weights); m and v have the weight's dtype. foreach None: all layers of a device at
-    once unless on the CPU. Raises ValueError for illegal options.
+    a step reads nothing from the host (needed, with a device lr, in a CUDA graph). kernel, low_precision and layers in
+    pieces: see :class:`LayerwiseOptimizer`. Raises ValueError for illegal options.
     """
+
+    counts_steps = True
 
     def __init__(
         self,
@@ -50,7 +49,8 @@ class LAMB(LayerwiseOptimizer):
         prenormalize: bool = False,
         adapt: bool = True,
         maximize: bool = False,
-        foreach: bool | None = None,
+        kernel: Literal["auto", "fused", "foreach"] = "auto",
+        low_precision: Literal["master", "stochastic"] = "master",
         capturable: bool = False,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
@@ -62,81 +62,72 @@ class LAMB(LayerwiseOptimizer):
         clamp = group["clamp_weight_norm"]
         require(clamp is None or clamp > 0, "clamp_weight_norm", group, "give a number > 0, or None for no clamp")
 
-    def _update(self, buckets: list[tuple[Group, list[Tensor]]]) -> None:
-        whole = None
-        if any(group["prenormalize"] for group, _ in buckets):
-            whole = global_norm(gradients(params) for _, params in buckets)
-        for group, params in buckets:
-            lamb(
-                params,
-                gradients(params),
-                [self._state(p, "exp_avg") for p in params],
-                [self._state(p, "exp_avg_sq") for p in params],
-                [self._step_count(p, on_device=group["capturable"]) for p in params],
-                gradient_norm=whole.to(params[0].device) if whole is not None and group["prenormalize"] else None,
-                **{key: group[key] for key in _OPTIONS},
-                **rate_and_path(group, params),
-            )
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
 
-    def _step_count(self, p: Tensor, *, on_device: bool) -> Tensor:
-        state: dict[str, Tensor] = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-        return state["step"]
+    def _fused(self, bucket: Bucket) -> None:
+        group, lr = bucket.group, float(bucket.group["lr"])
+        ws, gs, ms, vs = (bucket.tensors[name] for name in ("w", "g", "exp_avg", "exp_avg_sq"))
+        steps = bucket.steps if group["bias_correction"] else [torch.tensor(math.inf)] * len(ws)
+        divisor = 1.0 if bucket.gradient_norm is None else bucket.gradient_norm.item() or 1.0
+        if not group["adapt"] and divisor == 1.0:
+            _adamw(ws, gs, ms, vs, steps, lr, group["weight_decay"], group)
+            return
+        update = self._flat("update", ws[0].dtype, max(w.numel() for w in ws))
+        scaled = self._flat("scaled", ws[0].dtype, CHUNK)
+        for w, g, m, v, step in zip(ws, gs, ms, vs, steps, strict=True):
+            u, w2, u2 = update[: w.numel()], 0.0, 0.0
+            for w_, g_, m_, v_, u_ in chunks(w, g, m, v, u):
+                if divisor != 1.0:
+                    g_ = torch.div(g_, divisor, out=scaled[: len(g_)])
+                # On a copy of w, at the rate −1 and the decay λ − 1, the kernel leaves (1 + λ − 1)w + r, which is u.
+                _adamw([u_.copy_(w_)], [g_], [m_], [v_], [step], -1.0, group["weight_decay"] - 1, group)
+                w2 += square(w_)
+                u2 += square(u_)
+            ratio = lamb_ratio(w2, u2, clamp=group["clamp_weight_norm"]) if group["adapt"] else 1.0
+            flat(w).add_(u, alpha=-lr * ratio)
+
+    def _foreach(self, bucket: Bucket) -> Update:
+        group, (beta1, beta2) = bucket.group, bucket.group["betas"]
+        w, g, m, v, u = (bucket.tensors[name] for name in ("w", "g", "exp_avg", "exp_avg_sq", "scratch"))
+        c1, c2 = (_correction(bucket.steps, beta if group["bias_correction"] else 0.0, w[0]) for beta in (beta1, beta2))
+        torch._foreach_copy_(u, g)
+        if group["maximize"]:
+            torch._foreach_neg_(u)
+        if bucket.gradient_norm is not None:
+            norm = bucket.gradient_norm.to(w[0].device)
+            torch._foreach_div_(u, torch.where(norm == 0, 1.0, norm))
+        torch._foreach_lerp_(m, u, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, u, u, 1 - beta2)
+        torch._foreach_copy_(u, v)
+        torch._foreach_sqrt_(u)
+        torch._foreach_div_(u, c2.sqrt().unbind())
+        torch._foreach_add_(u, group["eps"])
+        torch._foreach_mul_(u, c1.unbind())
+        torch._foreach_reciprocal_(u)
+        torch._foreach_mul_(u, m)
+        torch._foreach_add_(u, w, alpha=group["weight_decay"])
+        if group["adapt"]:
+            w2, u2 = yield torch.stack([squares(w), squares(u)])
+            ratios = lamb_ratio(w2, u2, clamp=group["clamp_weight_norm"])
+            torch._foreach_mul_(u, ratios.to(w[0].dtype).unbind())
+        descend(w, u, bucket.lr(), scratch=u)
+
+    def _flat(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
+        held = self._scratch.get((name, dtype))
+        if held is None or len(held) < numel:
+            held = self._scratch[name, dtype] = torch.empty(numel, dtype=dtype)
+        return held
 
 
-def lamb(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    steps: Tensors,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    bias_correction: bool,
-    clamp_weight_norm: float | None,
-    gradient_norm: Tensor | None,
-    adapt: bool,
-    maximize: bool,
-    foreach: bool,
+def _adamw(
+    w: Tensors, g: Tensors, m: Tensors, v: Tensors, steps: Tensors, lr: float, weight_decay: float, group: Group
 ) -> None:
-    """One LAMB step, in place, on tensors of one device and dtype; see :class:`LAMB`.
-
-    ``exp_avgs`` and ``exp_avg_sqs`` are m and v, zeros at first; ``steps`` are 0-dim counts of the steps taken so
-    far, raised by 1. Gradients, divided by ``gradient_norm`` where it is given, are left as they are.
-    """
-    torch._foreach_add_(steps, 1)
-    c1, c2 = (_correction(steps, beta if bias_correction else 0.0, params[0]) for beta in betas)
-    ratios = partial(lamb_ratios, clamp=clamp_weight_norm)
-    grads = torch._foreach_neg(grads) if maximize else grads
-    if gradient_norm is not None:
-        grads = torch._foreach_mul(grads, 1.0)
-        torch._foreach_div_(grads, torch.where(gradient_norm == 0, 1.0, gradient_norm))
-    if not foreach:
-        for i, (w, g) in enumerate(zip(params, grads, strict=True)):
-            m = exp_avgs[i].lerp_(g, 1 - betas[0])
-            v = exp_avg_sqs[i].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-            u = m / v.sqrt().div_(c2[i].sqrt()).add_(eps).mul_(c1[i])
-            u.add_(w, alpha=weight_decay)
-            if adapt:
-                u.mul_(ratios([w], [u])[0])
-            descend([w], [u], lr)
-        return
-    torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
-    torch._foreach_mul_(exp_avg_sqs, betas[1])
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - betas[1])
-    below = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(below, c2.sqrt().unbind())
-    torch._foreach_add_(below, eps)
-    torch._foreach_mul_(below, c1.unbind())
-    us = torch._foreach_div(exp_avgs, below)
-    torch._foreach_add_(us, params, alpha=weight_decay)
-    if adapt:
-        torch._foreach_mul_(us, ratios(params, us).unbind())
-    descend(params, us, lr)
+    torch._fused_adamw_(
+        w, g, m, v, [], steps, lr=lr, beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=weight_decay,
+        eps=group["eps"], amsgrad=False, maximize=group["maximize"],
+    )  # fmt: skip
 
 
 def _correction(steps: Tensors, beta: float, like: Tensor) -> Tensor:

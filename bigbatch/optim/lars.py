@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .layerwise import Group, LayerwiseOptimizer, Params, descend, gradients, rate_and_path, require
-from .trust import Tensors, lars_ratios
-
-_OPTIONS = ("momentum", "weight_decay", "nesterov", "trust_coefficient", "eps", "lr_placement", "momentum_correction",
-            "denominator", "clip_ratio", "adapt", "maximize")  # fmt: skip
+from .layerwise import Bucket, Group, LayerwiseOptimizer, Params, Update, descend, require
+from .trust import joint_square, lars_ratio, square, squares
 
 
 class LARS(LayerwiseOptimizer):
@@ -37,8 +33,8 @@ class LARS(LayerwiseOptimizer):
     Differs from the paper: at the defaults only in λ = 1 where a norm is 0; the other settings go beyond it.
 
     lr may be a 0-dim tensor, best on the parameters' device (needed in a CUDA graph); there is nothing else to make
-    a step capturable. Norms are float32 (float64 for float64 weights); the buffer has the weight's dtype.
-    foreach None: all layers of a device at once unless on the CPU. Raises ValueError for illegal options.
+    a step capturable. kernel, low_precision and layers in pieces: see :class:`LayerwiseOptimizer`. Raises ValueError
+    for illegal options.
     """
 
     def __init__(
@@ -57,7 +53,8 @@ class LARS(LayerwiseOptimizer):
         clip_ratio: bool = False,
         adapt: bool = True,
         maximize: bool = False,
-        foreach: bool | None = None,
+        kernel: Literal["auto", "fused", "foreach"] = "auto",
+        low_precision: Literal["master", "stochastic"] = "master",
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
@@ -75,63 +72,75 @@ class LARS(LayerwiseOptimizer):
         way_out = "lr_placement outside behaves so already; set lr_placement inside or leave it off"
         require(legal, "momentum_correction", group, way_out)
 
-    def _update(self, buckets: list[tuple[Group, list[Tensor]]]) -> None:
-        for group, params in buckets:
-            buffers = [self._state(p, "momentum_buffer") for p in params] if group["momentum"] else None
-            options = {key: group[key] for key in _OPTIONS} | rate_and_path(group, params)
-            lars(params, gradients(params), buffers, **options)
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _fused(self, bucket: Bucket) -> None:
+        group, lr = bucket.group, float(bucket.group["lr"])
+        inner, outer = (1.0, lr) if _outside(group) else (lr, 1.0)
+        ws, gs, vs = (bucket.tensors[name] for name in ("w", "g", "momentum_buffer"))
+        if not group["adapt"]:
+            _momentum_step(ws, gs, vs, inner, outer, group)
+            return
+        cap = lr if group["clip_ratio"] else None
+        beta, joint = group["weight_decay"] * (-1 if group["maximize"] else 1), group["denominator"] == "joint"
+        for i, (w, g) in enumerate(zip(ws, gs, strict=True)):
+            ratio = lars_ratio(
+                square(w), square(g), joint_square(g, w, beta) if joint else None, cap=cap, **_options(group)
+            )
+            _momentum_step([w], [g], vs[i : i + 1], ratio * inner, outer, group)
+
+    def _foreach(self, bucket: Bucket) -> Update:
+        group, lr = bucket.group, bucket.lr()
+        inner, outer = (1.0, lr) if _outside(group) else (lr, 1.0)
+        w, g, v, d = (bucket.tensors[name] for name in ("w", "g", "momentum_buffer", "scratch"))
+        torch._foreach_copy_(d, g)
+        if group["maximize"]:
+            torch._foreach_neg_(d)
+        torch._foreach_add_(d, w, alpha=group["weight_decay"])
+        if group["adapt"]:
+            wanted = [squares(w), squares(g)] + ([squares(d)] if group["denominator"] == "joint" else [])
+            whole = yield torch.stack(wanted)
+            w2, g2, d2 = (*whole, None)[:3]
+            ratios = lars_ratio(w2, g2, d2, cap=lr if group["clip_ratio"] else None, **_options(group))
+            torch._foreach_mul_(d, (ratios * inner).to(w[0].dtype).unbind())
+        else:
+            torch._foreach_mul_(d, inner)
+        if v:
+            torch._foreach_mul_(v, group["momentum"])
+            torch._foreach_add_(v, d)
+            if group["nesterov"]:
+                torch._foreach_add_(d, v, alpha=group["momentum"])
+        descend(w, d if group["nesterov"] or not v else v, outer, scratch=d)
 
 
-def lars(
-    params: Tensors,
-    grads: Tensors,
-    buffers: Tensors | None,
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    trust_coefficient: float,
-    eps: float,
-    lr_placement: Literal["inside", "outside"],
-    momentum_correction: bool,
-    denominator: Literal["sum", "joint"],
-    clip_ratio: bool,
-    adapt: bool,
-    maximize: bool,
-    foreach: bool,
-) -> None:
-    """One LARS step, in place, on tensors of one device and dtype; see :class:`LARS`.
+def _outside(group: Group) -> bool:
+    return bool(group["lr_placement"] == "outside" or group["momentum_correction"])
 
-    ``buffers`` are v, zeros at first, or None at momentum 0. Gradients are left as they are.
+
+def _options(group: Group) -> dict[str, float]:
+    return {key: group[key] for key in ("weight_decay", "trust_coefficient", "eps")}
+
+
+def _momentum_step(w: list[Tensor], g: list[Tensor], v: list[Tensor], inner: float, outer: float, group: Group) -> None:
+    """v ← m v + inner·(g + βw); w ← w − outer·v, or with Nesterov's look ahead.
+
+    torch's kernel does this in one pass over memory, its dampening being 1 − inner. But 1 − (1 − inner) is off by
+    2⁻⁵⁴, which must not show, and under nesterov the kernel adds the gradient undamped: then it takes several passes.
     """
-    outside = lr_placement == "outside" or momentum_correction
-    inner, outer = (1.0, lr) if outside else (lr, 1.0)
-    ratios = partial(
-        lars_ratios,
-        weight_decay=weight_decay,
-        trust_coefficient=trust_coefficient,
-        eps=eps,
-        denominator=denominator,
-        cap=lr if clip_ratio else None,
-    )
-    grads = torch._foreach_neg(grads) if maximize else grads
-    if not foreach:
-        for i, (w, g) in enumerate(zip(params, grads, strict=True)):
-            d = g.add(w, alpha=weight_decay)
-            d.mul_((ratios([w], [g], [d]) * inner)[0] if adapt else inner)
-            if buffers is not None:
-                v = buffers[i].mul_(momentum).add_(d)
-                d = d.add_(v, alpha=momentum) if nesterov else v
-            descend([w], [d], outer)
+    m, beta = group["momentum"], group["weight_decay"]
+    exact = inner > (2**-10 if w[0].dtype == torch.float64 else 2**-26)
+    if not v or (exact and not group["nesterov"]):
+        torch._fused_sgd_(
+            w, g, v, weight_decay=beta, momentum=m, lr=outer if v else inner * outer, dampening=1 - inner,
+            nesterov=False, maximize=group["maximize"], is_first_step=False,
+        )  # fmt: skip
         return
-    ds: Tensors = torch._foreach_add(grads, params, alpha=weight_decay)
-    if adapt:
-        torch._foreach_mul_(ds, (ratios(params, grads, ds) * inner).unbind())
-    else:
-        torch._foreach_mul_(ds, inner)
-    if buffers is not None:
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, ds)
-        ds = torch._foreach_add(ds, buffers, alpha=momentum) if nesterov else buffers
-    descend(params, ds, outer)
+    ascent = -inner if group["maximize"] else inner
+    torch._foreach_mul_(v, m)
+    torch._foreach_add_(v, g, alpha=ascent)
+    torch._foreach_add_(v, w, alpha=inner * beta)
+    if group["nesterov"]:
+        torch._foreach_mul_(w, 1 - outer * inner * beta)
+        torch._foreach_add_(w, g, alpha=-outer * ascent)
+    torch._foreach_add_(w, v, alpha=-outer * (m if group["nesterov"] else 1))

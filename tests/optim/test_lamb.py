@@ -20,29 +20,29 @@ def test_both_paths_equal_the_textbook_loop(clamp, weight_decay, flags):
     weights, gradients = problem(STEPS)
     options = {"clamp_weight_norm": clamp, "weight_decay": weight_decay, **flags}
     expected = twin(weights, gradients, rates(STEPS, 0.05), **options)
-    for foreach in (False, True):
+    for kernel in ("fused", "foreach"):
         params = parameters(weights)
-        ours = train(LAMB(params, 1.0, foreach=foreach, **options), params, gradients, rates(STEPS, 0.05))
+        ours = train(LAMB(params, 1.0, kernel=kernel, **options), params, gradients, rates(STEPS, 0.05))
         assert_equal(ours, expected)
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
 @pytest.mark.parametrize("options", [{"betas": (0.0, 0.9)}, {"betas": (0.5, 0.0)}, {"eps": 0.1}], ids=str)
-def test_equals_the_textbook_loop_at_other_numbers(options, foreach):
+def test_equals_the_textbook_loop_at_other_numbers(options, kernel):
     weights, gradients = problem(STEPS)
     params = parameters(weights)
-    ours = train(LAMB(params, 1.0, foreach=foreach, **options), params, gradients, rates(STEPS, 0.05))
+    ours = train(LAMB(params, 1.0, kernel=kernel, **options), params, gradients, rates(STEPS, 0.05))
     assert_equal(ours, twin(weights, gradients, rates(STEPS, 0.05), **options))
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
 @pytest.mark.parametrize("capturable", [False, True])
-def test_tensor_rate_and_capturable_change_nothing(capturable, foreach):
+def test_tensor_rate_and_capturable_change_nothing(capturable, kernel):
     weights, gradients = problem(STEPS)
     results = []
     for lr, options in ((1.0, {}), (torch.tensor(1.0, dtype=torch.float64), {"capturable": capturable})):
         params = parameters(weights)
-        optimizer = LAMB(params, lr, weight_decay=0.05, foreach=foreach, **options)
+        optimizer = LAMB(params, lr, weight_decay=0.05, kernel=kernel, **options)
         results.append(train(optimizer, params, gradients, rates(STEPS, 0.05)))
     assert_equal(*results)
 

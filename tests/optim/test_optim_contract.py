@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import sys
 
 import pytest
 import torch
@@ -28,21 +27,21 @@ VARIANTS = [
     (LAMB, {"bias_correction": False, "adapt": False, "maximize": True}),
 ]
 each = pytest.mark.parametrize("kind, options", VARIANTS, ids=lambda x: x.__name__ if isinstance(x, type) else str(x))
-both = pytest.mark.parametrize("foreach", [False, True])
+both = pytest.mark.parametrize("kernel", ["fused", "foreach"])
 
 
 @each
 @both
 @pytest.mark.parametrize("dtype, tensor_rate", [(torch.float32, False), (torch.bfloat16, True)])
-def test_state_dict_continues_bit_for_bit(kind, options, foreach, dtype, tensor_rate):
+def test_state_dict_continues_bit_for_bit(kind, options, kernel, dtype, tensor_rate):
     weights, gradients = problem(50, dtype=dtype)
     lrs = rates(50, 0.1)
     lr = torch.tensor(1.0) if tensor_rate else 1.0
     straight = parameters(weights)
-    train(kind(straight, lr, foreach=foreach, **options), straight, gradients, lrs)
+    train(kind(straight, lr, kernel=kernel, **options), straight, gradients, lrs)
 
     first = parameters(weights)
-    optimizer = kind(first, lr, foreach=foreach, **options)
+    optimizer = kind(first, lr, kernel=kernel, **options)
     train(optimizer, first, gradients[:23], lrs[:23])
     file = io.BytesIO()
     torch.save({"weights": [p.detach() for p in first], "optimizer": optimizer.state_dict()}, file)
@@ -58,27 +57,27 @@ def test_state_dict_continues_bit_for_bit(kind, options, foreach, dtype, tensor_
 
 @each
 @both
-def test_gradients_are_never_written_to(kind, options, foreach):
+def test_gradients_are_never_written_to(kind, options, kernel):
     weights, gradients = problem(1)
     params = parameters(weights)
     for p, g in zip(params, gradients[0], strict=True):
         p.grad = g.clone()
     before = [p.grad._version for p in params]
-    kind(params, 0.1, foreach=foreach, **options).step()
+    kind(params, 0.1, kernel=kernel, **options).step()
     assert_equal([p.grad for p in params], gradients[0], 0)
     assert [p.grad._version for p in params] == before
 
 
 @each
 @both
-def test_missing_gradients_are_skipped_and_their_state_waits(kind, options, foreach):
+def test_missing_gradients_are_skipped_and_their_state_waits(kind, options, kernel):
     if options.get("prenormalize"):
         options = options | {"prenormalize": False}  # couples the layers
     weights, gradients = problem(12)
     lrs = rates(12, 0.1)
     holes = [[None if (t + i) % 3 == 0 else g for i, g in enumerate(gradient)] for t, gradient in enumerate(gradients)]
     params = parameters(weights)
-    train(kind(params, 1.0, foreach=foreach, **options), params, holes, lrs)
+    train(kind(params, 1.0, kernel=kernel, **options), params, holes, lrs)
     twin = lars_twin if kind is LARS else lamb_twin
     options = {key: value for key, value in options.items() if key != "capturable"}
     for i, p in enumerate(params):
@@ -112,16 +111,16 @@ def test_closure_runs_with_gradients_and_its_loss_is_returned(kind, options):
 
 @each
 @both
-def test_groups_have_their_own_options(kind, options, foreach):
+def test_groups_have_their_own_options(kind, options, kernel):
     weights, gradients = problem(5)
     if options.get("prenormalize"):
         options = options | {"prenormalize": False}
     other = {"lr": 0.3, "weight_decay": 0.2, "adapt": not options.get("adapt", True), "maximize": True}
     together, one, two = (parameters(weights) for _ in range(3))
-    optimizer = kind([{"params": together[:2]}], 0.1, foreach=foreach, **options)
+    optimizer = kind([{"params": together[:2]}], 0.1, kernel=kernel, **options)
     optimizer.add_param_group({"params": together[2:], **other})
-    first = kind(one[:2], 0.1, foreach=foreach, **options)
-    second = kind(two[2:], **{**options, **other, "foreach": foreach})
+    first = kind(one[:2], 0.1, kernel=kernel, **options)
+    second = kind(two[2:], **{**options, **other, "kernel": kernel})
     for gradient in gradients:
         for params in (together, one, two):
             for p, g in zip(params, gradient, strict=True):
@@ -141,7 +140,8 @@ def test_mixed_dtypes_and_names(kind, options):
     assert optimizer.param_groups[0]["param_names"] == list(model.keys())
     assert (model["wide"] != 1).all()
     for p in model.values():
-        assert all(s.dtype == (torch.float32 if key == "step" else p.dtype) for key, s in optimizer.state[p].items())
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        assert all(s.dtype == (torch.float32 if key == "step" else wide) for key, s in optimizer.state[p].items())
 
 
 @pytest.mark.parametrize("kind", [LARS, LAMB])
@@ -191,18 +191,18 @@ def test_any_shape_and_layout(shapes, variant, seed, same_layout):
     lrs = rates(3, 0.1)
     twin = lars_twin if kind is LARS else lamb_twin
     expected = twin(weights, gradients, lrs, **{k: v for k, v in options.items() if k != "capturable"})
-    for foreach in (False, True):
+    for kernel in ("fused", "foreach"):
         params = parameters(weights)
-        assert_equal(train(kind(params, 1.0, foreach=foreach, **options), params, gradients, lrs), expected)
+        assert_equal(train(kind(params, 1.0, kernel=kernel, **options), params, gradients, lrs), expected)
 
 
 @each
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_stays_near_float64(kind, options, foreach, dtype):
+def test_low_precision_stays_near_float64(kind, options, kernel, dtype):
     weights, gradients = problem(20, dtype=dtype)
     params = parameters(weights)
-    ours = train(kind(params, 1.0, foreach=foreach, **options), params, gradients, rates(20, 0.02))
+    ours = train(kind(params, 1.0, kernel=kernel, **options), params, gradients, rates(20, 0.02))
     twin = lars_twin if kind is LARS else lamb_twin
     options = {k: v for k, v in options.items() if k != "capturable"}
     wide = twin([w.double() for w in weights], [[g.double() for g in gradient] for gradient in gradients],
@@ -226,13 +226,12 @@ class _Devices(TorchDispatchMode):
 
 
 @each
-@both
-def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options, foreach):
+def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options):
     """Fake CUDA tensors have no values: any read of one on the host, or branch on it, raises."""
     capturable = options.get("capturable", True)
     with FakeTensorMode() as fake:
         params = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((3, 2), (4,), ())]
-        optimizer = kind(params, 0.1, foreach=foreach, **options)
+        optimizer = kind(params, 0.1, **options)
         optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda")
         for p in params:
             p.grad = torch.empty_like(p)
@@ -246,16 +245,24 @@ def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options, foreach):
 
 
 @each
-def test_foreach_is_the_default_but_on_the_cpu(kind, options, monkeypatch):
+def test_the_cpu_is_fused_unless_asked_otherwise_and_a_gpu_never_is(kind, options, monkeypatch):
     seen = []
-    monkeypatch.setattr(sys.modules[kind.__module__], kind.__name__.lower(), lambda *a, **k: seen.append(k))
+    monkeypatch.setattr(kind, "_fused", lambda self, bucket: seen.append("fused"))
+    monkeypatch.setattr(kind, "_foreach", lambda self, bucket: iter(seen.append("foreach") or ()))
+    for kernel in ("auto", "fused", "foreach"):
+        p = parameters([torch.ones(2)])[0]
+        optimizer = kind([p], 0.1, kernel=kernel, **{**options, "prenormalize": False} if kind is LAMB else options)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert seen == ["fused", "fused", "foreach"]
     with FakeTensorMode():
-        for device in ("cpu", "cuda"):
-            p = torch.nn.Parameter(torch.empty(2, device=device))
-            optimizer = kind([p], 0.1, **options)
-            p.grad = torch.empty_like(p)
-            optimizer.step()
-    assert [k["foreach"] for k in seen] == [False, True]
+        p = torch.nn.Parameter(torch.empty(2, device="cuda"))
+        with pytest.raises(ValueError, match=r"kernel = 'fused': .*params\[0\] of shape \(2,\) is on cuda"):
+            kind([p], 0.1, kernel="fused", **options)
+        optimizer = kind([p], 0.1, **options)
+        p.grad = torch.empty_like(p)
+        optimizer.step()
+    assert seen[3:] == ["foreach"]
 
 
 @each

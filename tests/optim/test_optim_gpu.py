@@ -21,22 +21,20 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("kind, options", VARIANTS)
-@pytest.mark.parametrize("foreach", [False, True])
-def test_equals_the_cpu(kind, options, foreach):
+def test_equals_the_cpu(kind, options):
     weights, gradients = problem(20)
     cpu, gpu = parameters(weights), parameters([w.cuda() for w in weights])
     train(kind(cpu, 1.0, **options), cpu, gradients, rates(20, 0.1))
-    train(kind(gpu, 1.0, foreach=foreach, **options), gpu, [[g.cuda() for g in x] for x in gradients], rates(20, 0.1))
+    train(kind(gpu, 1.0, **options), gpu, [[g.cuda() for g in x] for x in gradients], rates(20, 0.1))
     assert_equal([p.cpu() for p in gpu], cpu, 1e-11)
 
 
 @pytest.mark.parametrize("kind, options", VARIANTS[:3])
-@pytest.mark.parametrize("foreach", [False, True])
-def test_replays_in_a_cuda_graph(kind, options, foreach):
+def test_replays_in_a_cuda_graph(kind, options):
     weights, gradients = problem(6)
     eager, graphed = (parameters([w.cuda() for w in weights]) for _ in range(2))
-    train(kind(eager, 0.1, foreach=foreach, **options), eager, [[g.cuda() for g in x] for x in gradients], [0.1] * 6)
-    optimizer = kind(graphed, torch.tensor(0.1, device="cuda", dtype=torch.float64), foreach=foreach, **options)
+    train(kind(eager, 0.1, **options), eager, [[g.cuda() for g in x] for x in gradients], [0.1] * 6)
+    optimizer = kind(graphed, torch.tensor(0.1, device="cuda", dtype=torch.float64), **options)
     for p in graphed:
         p.grad = torch.zeros_like(p)
 

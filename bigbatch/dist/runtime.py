@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bigbatch.config.models import Parallel
 
+from .deepspeed import Zero0, Zero12, accelerator, forget_launcher, stage_of
 from .fsdp2 import FullySharded
 from .strategy import Build, Replicas, Strategy
 from .zero1 import Zero1
@@ -38,29 +39,36 @@ class Runtime:
         self, *, precision: Precision = "fp32", parallel: Parallel | None = None, debug: bool = False
     ) -> None:
         self.parallel = parallel = parallel or Parallel()
-        self._accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            # Autocast is ours (`autocast`), whatever a launcher's configuration says.
-            mixed_precision="no",
-            kwargs_handlers=[
-                # Batch norm's running statistics are merged, not copied from rank 0.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
-            ],
-        )
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        legal = [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
+        if parallel.strategy == "deepspeed":
+            forget_launcher()
+        if parallel.strategy == "deepspeed" and asked > 1:
+            self._accelerator, legal = accelerator(parallel), [DistributedType.DEEPSPEED]
+        else:
+            self._accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                # Autocast is ours (`autocast`), whatever a launcher's configuration says.
+                mixed_precision="no",
+                kwargs_handlers=[
+                    # Batch norm's running statistics are merged, not copied from rank 0.
+                    DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
+                ],
+            )
         self.precision = precision
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
         if asked != self.world_size:
             raise ValueError(
                 f"WORLD_SIZE = {asked}: so many processes were asked for and {self.world_size} run; start with torchrun"
             )
         kind = self._accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        if kind not in legal:
             raise ValueError(
-                f"parallel.strategy = ddp: the launcher is configured for {kind.value}; use a configuration without it"
+                f"parallel.strategy = {parallel.strategy}: the launcher is configured for {kind.value}; use a "
+                "configuration without it"
             )
         if debug:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
@@ -92,6 +100,11 @@ class Runtime:
         if strategy == "fsdp2":
             rounds_to = HALF.get(self.parallel.compression)
             return FullySharded(model, build, sum_parts=self.sum, device=self.device, rounds_to=rounds_to)
+        if strategy == "deepspeed":
+            stage, prepare = stage_of(self.parallel), self._accelerator.prepare
+            if stage == 0:
+                return Zero0(model, build(model), prepare=prepare, stage=stage)
+            return Zero12(model, build(model), prepare=prepare, stage=stage, sum_parts=self.sum)
         return Replicas(model, build(model), wrap=self._replicate)
 
     def _replicate(self, model: nn.Module) -> nn.Module:

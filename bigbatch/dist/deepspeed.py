@@ -276,6 +276,7 @@ def _gather(value: Any) -> Any:
 
 
 def _of_layer(state: State, p: Tensor) -> State:
-    """What a state of flat tensors holds for the layer p."""
+    """What a state of flat tensors holds for the layer p, in memory of its own."""
     place = slice(p.storage_offset(), p.storage_offset() + p.numel())
-    return {key: value[place].view(p.shape).clone() if _has_shape(value) else value for key, value in state.items()}
+    whole = {key: value[place].view(p.shape) if _has_shape(value) else value for key, value in state.items()}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in whole.items()}

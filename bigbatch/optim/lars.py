@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,22 +79,19 @@ class LARS(LayerwiseOptimizer):
 
     def _fused(self, bucket: Bucket) -> None:
         group, lr = bucket.group, float(bucket.group["lr"])
-        inner, outer = (1.0, lr) if _outside(group) else (lr, 1.0)
+        inner, outer, ratio = *_placed(group, lr), _ratio(group, lr)
         ws, gs, vs = (bucket.tensors[name] for name in ("w", "g", "momentum_buffer"))
         if not group["adapt"]:
             _momentum_step(ws, gs, vs, inner, outer, group)
             return
-        cap = lr if group["clip_ratio"] else None
         beta, joint = group["weight_decay"] * (-1 if group["maximize"] else 1), group["denominator"] == "joint"
         for i, (w, g) in enumerate(zip(ws, gs, strict=True)):
-            ratio = lars_ratio(
-                square(w), square(g), joint_square(g, w, beta) if joint else None, cap=cap, **_options(group)
-            )
-            _momentum_step([w], [g], vs[i : i + 1], ratio * inner, outer, group)
+            local = ratio(square(w), square(g), joint_square(g, w, beta) if joint else None)
+            _momentum_step([w], [g], vs[i : i + 1], local * inner, outer, group)
 
     def _foreach(self, bucket: Bucket) -> Update:
         group, lr = bucket.group, bucket.lr()
-        inner, outer = (1.0, lr) if _outside(group) else (lr, 1.0)
+        inner, outer, ratio = *_placed(group, lr), _ratio(group, lr)
         w, g, v, d = (bucket.tensors[name] for name in ("w", "g", "momentum_buffer", "scratch"))
         torch._foreach_copy_(d, g)
         if group["maximize"]:
@@ -102,8 +101,7 @@ class LARS(LayerwiseOptimizer):
             wanted = [squares(w), squares(g)] + ([squares(d)] if group["denominator"] == "joint" else [])
             whole = yield torch.stack(wanted)
             w2, g2, d2 = (*whole, None)[:3]
-            ratios = lars_ratio(w2, g2, d2, cap=lr if group["clip_ratio"] else None, **_options(group))
-            torch._foreach_mul_(d, (ratios * inner).to(w[0].dtype).unbind())
+            torch._foreach_mul_(d, (ratio(w2, g2, d2) * inner).to(w[0].dtype).unbind())
         else:
             torch._foreach_mul_(d, inner)
         if v:
@@ -114,33 +112,41 @@ class LARS(LayerwiseOptimizer):
         descend(w, d if group["nesterov"] or not v else v, outer, scratch=d)
 
 
-def _outside(group: Group) -> bool:
-    return bool(group["lr_placement"] == "outside" or group["momentum_correction"])
+def _placed(group: Group, lr: Any) -> tuple[Any, Any]:
+    """The factors of λ(g + βw) on its way into the buffer and of the buffer on its way into the weights."""
+    outside = group["lr_placement"] == "outside" or group["momentum_correction"]
+    return (1.0, lr) if outside else (lr, 1.0)
 
 
-def _options(group: Group) -> dict[str, float]:
-    return {key: group[key] for key in ("weight_decay", "trust_coefficient", "eps")}
+def _ratio(group: Group, lr: float | Tensor) -> Callable[..., Any]:
+    options = {key: group[key] for key in ("weight_decay", "trust_coefficient", "eps")}
+    return partial(lars_ratio, cap=lr if group["clip_ratio"] else None, **options)
 
 
 def _momentum_step(w: list[Tensor], g: list[Tensor], v: list[Tensor], inner: float, outer: float, group: Group) -> None:
-    """v ← m v + inner·(g + βw); w ← w − outer·v, or with Nesterov's look ahead.
+    """v ← m v + a, a = inner·(g + βw); w ← w − outer·v, with Nesterov's look ahead w ← w − outer·(a + m v).
 
-    torch's kernel does this in one pass over memory, its dampening being 1 − inner. But 1 − (1 − inner) is off by
-    2⁻⁵⁴, which must not show, and under nesterov the kernel adds the gradient undamped: then it takes several passes.
+    torch's kernel does this in one pass over memory, its dampening being 1 − inner; 1 − (1 − inner) is off by 2⁻⁵⁴, and
+    where that would show it takes several passes. Looking ahead is two kernels: w ← w − outer·m v / keep, and then
+    w ← w − outer·inner·(g + βw), which shrinks what is there by keep = 1 − outer·inner·β.
     """
-    m, beta = group["momentum"], group["weight_decay"]
+    m, beta, maximize = group["momentum"], group["weight_decay"], group["maximize"]
+    sgd = partial(torch._fused_sgd_, weight_decay=beta, nesterov=False, maximize=maximize, is_first_step=False)
     exact = inner > (2**-10 if w[0].dtype == torch.float64 else 2**-26)
-    if not v or (exact and not group["nesterov"]):
-        torch._fused_sgd_(
-            w, g, v, weight_decay=beta, momentum=m, lr=outer if v else inner * outer, dampening=1 - inner,
-            nesterov=False, maximize=group["maximize"], is_first_step=False,
-        )  # fmt: skip
-        return
-    ascent = -inner if group["maximize"] else inner
-    torch._foreach_mul_(v, m)
-    torch._foreach_add_(v, g, alpha=ascent)
-    torch._foreach_add_(v, w, alpha=inner * beta)
-    if group["nesterov"]:
-        torch._foreach_mul_(w, 1 - outer * inner * beta)
-        torch._foreach_add_(w, g, alpha=-outer * ascent)
-    torch._foreach_add_(w, v, alpha=-outer * (m if group["nesterov"] else 1))
+    keep = 1 - outer * inner * beta
+    if not v:
+        sgd(w, g, [], momentum=0.0, lr=outer * inner, dampening=0.0)
+    elif exact and not group["nesterov"]:
+        sgd(w, g, v, momentum=m, lr=outer, dampening=1 - inner)
+    elif exact and keep > 0.5:
+        sgd(w, g, v, momentum=m, lr=outer * m / keep, dampening=1 - inner)
+        sgd(w, g, [], momentum=0.0, lr=outer * inner, dampening=0.0)
+    else:
+        ascent = -inner if maximize else inner
+        torch._foreach_mul_(v, m)
+        torch._foreach_add_(v, g, alpha=ascent)
+        torch._foreach_add_(v, w, alpha=inner * beta)
+        if group["nesterov"]:
+            torch._foreach_mul_(w, keep)
+            torch._foreach_add_(w, g, alpha=-outer * ascent)
+        torch._foreach_add_(w, v, alpha=-outer * (m if group["nesterov"] else 1))

@@ -50,6 +50,15 @@ class Bucket:
 class LayerwiseOptimizer(Optimizer):
     """Base of the layer-wise optimisers. Never writes to a gradient; no value is read on the host but the CPU's.
 
+    kernel: "fused" goes through torch's fused CPU kernels tensor by tensor, "foreach" updates all tensors at once;
+    "auto" is fused for whole tensors of the CPU. Neither allocates more than a chunk (``trust.CHUNK``) after the first
+    step. float32 and float64 parameters are updated in their own precision. bfloat16 and float16 ones have float32
+    momenta and, with low_precision "master", a float32 copy of the weights in the state, made in their first step;
+    "stochastic" rounds the new weights at random to one of their neighbours (arXiv:2010.06192) and keeps no copy.
+
+    DTensors, as :func:`fully_shard` makes them, and flat partitions (:meth:`set_segments`) are layers in pieces: the
+    norms are those of whole layers, by one all-reduce a step for each process group.
+
     Parameters without a gradient are skipped. ValueError for an illegal option, a sparse gradient, or a parameter
     that is not of a real floating-point dtype.
     """
@@ -140,19 +149,14 @@ class LayerwiseOptimizer(Optimizer):
 
     def _is_fused(self, group: Group, index: int) -> bool:
         p = group["params"][index]
-        where = None
-        if p.device.type != "cpu":
-            where = f"on {p.device.type}"
-        elif p in self._segments or hasattr(p, "to_local"):
-            where = "in pieces on several processes"
-        legal = group["kernel"] != "fused" or where is None
-        require(
-            legal,
-            "kernel",
-            group,
-            f"is for whole tensors of the CPU, and {_name(group, index)} is {where}; choose auto",
-        )
-        return group["kernel"] != "foreach" and where is None
+        where = "in pieces on several processes" if self._span(p).groups else f"on {p.device.type}"
+        possible = where == "on cpu"
+        way_out = f"is for whole tensors of the CPU, and {_name(group, index)} is {where}; choose auto"
+        require(possible or group["kernel"] != "fused", "kernel", group, way_out)
+        return possible and group["kernel"] != "foreach"
+
+    def _span(self, p: Tensor) -> Span:
+        return self._segments.get(p) or span_of(p)
 
     def _update(self) -> None:
         buckets, extents, copies = self._collect()
@@ -161,14 +165,15 @@ class LayerwiseOptimizer(Optimizer):
             norm = sum_over_groups(parts, extents).sqrt()
             for bucket in buckets:
                 bucket.gradient_norm = norm if bucket.group["prenormalize"] else None
-        for bucket in (bucket for bucket in buckets if bucket.fused):
-            self._fused(bucket)
-        updates = [(bucket, self._foreach(bucket)) for bucket in buckets if not bucket.fused]
-        waiting = [(bucket, update, asked) for bucket, update in updates if (asked := next(update, None)) is not None]
-        for groups, extent in extents.items():
-            theirs = [(update, asked, bucket.layers) for bucket, update, asked in waiting if bucket.groups == groups]
-            answers = sum_over_layers([(asked, layers) for _, asked, layers in theirs], groups, extent)
-            for (update, _, _), answer in zip(theirs, answers, strict=True):
+        updates: dict[Groups, list[tuple[Update, Tensor, list[int]]]] = {groups: [] for groups in extents}
+        for bucket in buckets:
+            if bucket.fused:
+                self._fused(bucket)
+            elif (asked := next(update := self._foreach(bucket), None)) is not None:
+                updates[bucket.groups].append((update, asked, bucket.layers))
+        for groups, waiting in updates.items():
+            answers = sum_over_layers([(asked, layers) for _, asked, layers in waiting], groups, extents[groups])
+            for (update, _, _), answer in zip(waiting, answers, strict=True):
                 with suppress(StopIteration):
                     update.send(answer)
         for place, p, w, stochastic in copies:
@@ -195,7 +200,7 @@ class LayerwiseOptimizer(Optimizer):
         extents, copies, steps = Extents(), list[Copy](), list[Tensor]()
         members = [(group, index, p) for group in self.param_groups for index, p in enumerate(group["params"])]
         for place, (group, index, p) in enumerate(members):
-            span = self._segments.get(p) or span_of(p)
+            span = self._span(p)
             first = extents.add(p, span, adapt=group["adapt"])
             if p.grad is None:
                 continue
@@ -213,26 +218,27 @@ class LayerwiseOptimizer(Optimizer):
             self._fill(buckets[key], p, w, span, first)
         if steps:
             torch._foreach_add_(steps, 1)
-        return list(buckets.values()), extents, copies
+        return [bucket for bucket in buckets.values() if bucket.layers], extents, copies
 
     def _fill(self, bucket: Bucket, p: Tensor, w: Tensor, span: Span, first: int) -> None:
         """Add a parameter, updated through w, to a bucket, cut into its segments; ``first`` numbers its first layer."""
-        whole = {"w": w, "g": self._gradient(p, w)}
-        whole |= {name: self._state(p, name, w) for name in self._moments(bucket.group)}
+        whole = [("w", w), ("g", self._gradient(p, w))]
+        whole += [(name, self._state(p, name, w)) for name in self._moments(bucket.group)]
         if not bucket.fused:
-            whole["scratch"] = self._lasting("scratch", p, w)
+            whole.append(("scratch", self._lasting("scratch", p, w)))
         for layer, start, stop in ((0, 0, None),) if span.cuts is None else span.cuts:
-            for name, tensor in whole.items():
+            for name, tensor in whole:
                 bucket.tensors[name].append(tensor if stop is None else tensor[start:stop])
             bucket.layers.append(first + layer)
-            bucket.steps += [self.state[p]["step"]] if self.counts_steps else []
+            if self.counts_steps:
+                bucket.steps.append(self.state[p]["step"])
 
     def _weight(self, p: Tensor, group: Group) -> tuple[Tensor, bool | None]:
         """What is updated for p, and how it is copied to p afterwards: None where it is p itself, else stochastically?
 
         It is dense and of float32 or float64.
         """
-        mine, dtype = local(p), wide(p.dtype)
+        mine, dtype = local(p).detach(), wide(p.dtype)
         if mine.dtype == dtype and dense(mine):
             return mine, None
         stochastic = mine.dtype != dtype and group["low_precision"] == "stochastic"
@@ -255,7 +261,7 @@ class LayerwiseOptimizer(Optimizer):
         state: dict[str, Tensor] = self.state[p]
         if name not in state:
             state[name] = torch.zeros_like(p, dtype=w.dtype, memory_format=torch.preserve_format)
-        elif not alike(local(state[name]), w):  # loaded from a run with another memory format
+        elif state[name].dtype != w.dtype or not alike(local(state[name]), w):  # the model was converted since
             state[name] = torch.zeros_like(p, dtype=w.dtype, memory_format=torch.preserve_format).copy_(state[name])
         return local(state[name])
 
@@ -268,9 +274,10 @@ class LayerwiseOptimizer(Optimizer):
 
     def _lasting(self, name: str, p: Tensor, like: Tensor) -> Tensor:
         """A tensor for use within a step, allocated once: dense, and laid out as ``like`` where that is dense."""
-        held = self._scratch.get((name, p))
-        if held is None or held.shape != like.shape or held.device != like.device or not alike(held, like):
-            held = self._scratch[name, p] = torch.empty_like(like, dtype=wide(like.dtype))
+        held, dtype = self._scratch.get((name, p)), wide(like.dtype)
+        fits = held is not None and (held.shape, held.dtype, held.device) == (like.shape, dtype, like.device)
+        if held is None or not fits or (dense(like) and not alike(held, like)):
+            held = self._scratch[name, p] = torch.empty_like(like, dtype=dtype)
         return held
 
 

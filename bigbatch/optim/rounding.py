@@ -34,7 +34,7 @@ def round_stochastically(x: Tensor, out: Tensor, *, place: int, step: Tensor) ->
 def _rounded(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
     nearest = x.to(dtype)
     error = x - nearest.float()
-    other = torch.nextafter(nearest, torch.full_like(nearest, torch.inf).copysign(error))
+    other = torch.nextafter(nearest, torch.full_like(nearest, torch.inf).copysign(error.to(dtype)))
     chance = error / (other.float() - nearest.float())  # not finite, or 0, where the other neighbour is not finite
     return torch.where(u < chance, other, nearest)
 

@@ -75,7 +75,9 @@ class Extents(dict[Groups, Extent]):
 
     def add(self, p: Tensor, span: Span, *, adapt: bool) -> int:
         """Count the layers of a parameter whose ratios are wanted; the number of the first of them."""
-        extent = self.setdefault(span.groups, Extent(p.device))
+        if span.groups not in self:
+            self[span.groups] = Extent(p.device)
+        extent = self[span.groups]
         if p.dtype == torch.float64:
             extent.dtype = torch.float64
         first = extent.layers

@@ -41,13 +41,28 @@ def train(optimizer, params: Sequence[Tensor], gradients, lrs) -> list[Tensor]:
             else:
                 group["lr"] = lr
         for p, g in zip(params, gradient, strict=True):
-            p.grad = None if g is None else g.clone(memory_format=torch.preserve_format)
+            p.grad = None if g is None else twin_of(g)
         optimizer.step()
     return list(params)
 
 
 def parameters(weights: Sequence[Tensor]) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(w.clone(memory_format=torch.preserve_format)) for w in weights]
+    return [torch.nn.Parameter(twin_of(w)) for w in weights]
+
+
+def twin_of(t: Tensor) -> Tensor:
+    """A copy with the very strides of ``t``; clone() would close its gaps."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t.detach())
+
+
+def shard_like(p, whole: Tensor) -> Tensor:
+    """This process's shard of ``whole``, as fully_shard cuts it: along the rows, on the last dimension of p's mesh."""
+    mesh, rows = p.device_mesh, whole.chunk(p.device_mesh.size(-1))
+    rank = mesh.get_local_rank(mesh.ndim - 1)
+    mine = rows[rank] if rank < len(rows) else whole[:0]
+    return type(p.data).from_local(
+        mine.clone(), mesh, p.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-12) -> None:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigbatch.optim import LAMB, LARS
+from bigbatch.optim.trust import CHUNK
 from optim.problems import assert_equal, parameters, problem, rates, train
 from reference.lamb import lamb as lamb_twin
 from reference.lars import lars as lars_twin
@@ -53,6 +54,28 @@ def test_state_dict_continues_bit_for_bit(kind, options, kernel, dtype, tensor_r
     optimizer.load_state_dict(saved["optimizer"])
     train(optimizer, second, gradients[23:], lrs[23:])
     assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
+
+
+@each
+def test_state_of_other_days_and_layouts_is_taken_up(kind, options):
+    """Groups without the newer options, momenta in the parameter's own precision, another memory format."""
+    weights, gradients = problem(6, shapes=[(2, 3, 2, 2), (4, 3)], dtype=torch.bfloat16)
+    first = parameters(weights)
+    optimizer = kind(first, 0.1, **options)
+    train(optimizer, first, gradients[:3], [0.1] * 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["kernel"], group["low_precision"]
+    for state in saved["state"].values():
+        state.pop("master")
+        state |= {key: value.bfloat16() for key, value in state.items() if key != "step"}
+    second = parameters([first[0].detach().to(memory_format=torch.channels_last), first[1].detach()])
+    resumed = kind(second, 0.1)
+    resumed.load_state_dict(saved)
+    ends = [train(o, p, gradients[3:], [0.1] * 3) for o, p in ((optimizer, first), (resumed, second))]
+    assert_equal(*ends, 0.02)
+    assert all(s.dtype == torch.float32 for p in second for s in resumed.state[p].values())
+    assert all(s.stride() == p.stride() for p in second for key, s in resumed.state[p].items() if key != "step")
 
 
 @each
@@ -226,12 +249,14 @@ class _Devices(TorchDispatchMode):
 
 
 @each
-def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low_precision", ["master", "stochastic"])
+def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options, dtype, low_precision):
     """Fake CUDA tensors have no values: any read of one on the host, or branch on it, raises."""
     capturable = options.get("capturable", True)
     with FakeTensorMode() as fake:
-        params = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((3, 2), (4,), ())]
-        optimizer = kind(params, 0.1, **options)
+        params = [torch.nn.Parameter(torch.empty(shape, device="cuda", dtype=dtype)) for shape in ((3, 2), (4,), ())]
+        optimizer = kind(params, 0.1, low_precision=low_precision, **options)
         optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda")
         for p in params:
             p.grad = torch.empty_like(p)
@@ -242,6 +267,53 @@ def test_a_step_on_a_gpu_reads_nothing_on_the_host(kind, options):
         assert all(s.device.type == "cuda" for p in params for k, s in optimizer.state[p].items() if k != "step")
         if kind is LARS or (capturable and "capturable" in options):
             assert devices.copies == 0
+
+
+class _Fresh(TorchDispatchMode):
+    """The most elements of a tensor that an operation makes, as opposed to writes to or views."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(r.alias_info is None for r in func._schema.returns):
+            made = result if isinstance(result, (tuple, list)) else [result]
+            sizes = [t.numel() for t in made if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+            self.largest = max([self.largest, *sizes])
+        return result
+
+
+@each
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_large_is_allocated_after_the_first_step(kind, options, kernel, dtype):
+    """One parameter needs its gradient laid out anew, one its weights. What is allocated is a chunk at most."""
+    shapes = [((2, CHUNK), "plain"), ((600, 1000), "transposed"), ((600, 1000), "strided")]
+    params = parameters(list(_layouts(shapes, torch.Generator().manual_seed(0), dtype)))
+    optimizer = kind(params, 0.1, kernel=kernel, **options)
+    for p in params:
+        p.grad = torch.ones(p.shape, dtype=dtype)
+    largest = []
+    for _ in range(3):
+        with _Fresh() as fresh:
+            optimizer.step()
+        largest.append(fresh.largest)
+    assert largest[0] > CHUNK >= max(largest[1:])
+
+
+@each
+@both
+def test_float32_is_right_to_a_millionth_after_100_steps(kind, options, kernel):
+    shapes = ((30, 40), (7,), (3, 2, 5, 5), (64, 64), (1,))
+    weights, gradients = problem(100, shapes=shapes, dtype=torch.float32)
+    twin = lars_twin if kind is LARS else lamb_twin
+    params = parameters(weights)
+    ours = train(kind(params, 1.0, kernel=kernel, **options), params, gradients, rates(100, 0.02))
+    options = {k: v for k, v in options.items() if k != "capturable"}
+    wide = twin([w.double() for w in weights], [[g.double() for g in gradient] for gradient in gradients],
+                rates(100, 0.02), **options)  # fmt: skip
+    for a, b in zip(ours, wide, strict=True):
+        assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
 @each

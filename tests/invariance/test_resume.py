@@ -33,20 +33,22 @@ RECIPE: dict[str, Any] = {
     "precision": "fp64",
 }  # fmt: skip
 
-# Processes, and where the run stops: within the warmup, in the middle of epochs, after the batch has grown once.
-CHAIN = ((4, "700ex"), (2, "1900ex"), (1, "3000ex"), (3, None))
+# Processes, what lies where, and where the run stops: within the warmup, in the middle of epochs, after the batch has
+# grown once.
+CHAIN = ((4, "ddp", "700ex"), (2, "fsdp2", "1900ex"), (1, "ddp", "3000ex"), (3, "zero1", None))
 
 
-def go(rank: int, recipe: str, run: str, stop: str | None) -> int:
-    return main(["train", recipe, f"run.dir={run}", *([f"run.stop_after={stop}"] if stop else [])])
+def go(rank: int, recipe: str, run: str, stop: str | None, strategy: str = "ddp") -> int:
+    stopping = [f"run.stop_after={stop}"] if stop else []
+    return main(["train", recipe, f"run.dir={run}", f"parallel.strategy={strategy}", *stopping])
 
 
 def test_four_two_one_three_processes_are_the_run_that_never_stopped(tmp_path: Path) -> None:
     recipe, whole, chain = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "chain"
     recipe.write_text(json.dumps(RECIPE))
     assert run_ranks(1, go, str(recipe), str(whole), None) == [0]
-    for world, stop in CHAIN:
-        assert run_ranks(world, go, str(recipe), str(chain), stop) == [0] * world
+    for world, strategy, stop in CHAIN:
+        assert run_ranks(world, go, str(recipe), str(chain), stop, strategy) == [0] * world
 
     ours, theirs = events(chain, "step"), events(whole, "step")
     assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, len(ours) + 1))

@@ -63,13 +63,14 @@ def kill_after(step: int, arguments: list[str], run: Path, *, processes: int) ->
     psutil.wait_procs(workers)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_run_ends_as_the_one_that_was_not(recipe: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2")])
+def test_killed_run_ends_as_the_one_that_was_not(recipe: Path, tmp_path: Path, processes: int, strategy: str) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = bigbatch("train", str(recipe), f"run.dir={whole}", processes=processes)
+    start = ["train", str(recipe), f"parallel.strategy={strategy}"]
+    done = bigbatch(*start, f"run.dir={whole}", processes=processes)
     assert done.returncode == 0, done.stderr
 
-    arguments = ["train", str(recipe), f"run.dir={broken}"]
+    arguments = [*start, f"run.dir={broken}"]
     kill_after(38, arguments, broken, processes=processes)
     assert not (broken / "summary.json").exists()
     done = bigbatch(*arguments, processes=processes)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from bigbatch.config.models import Parallel
 
-from .strategy import Reduce, State, Strategy
+from .strategy import Reduce, State, Strategy, require_plain
 
 BUCKET = 25_000_000
 """Elements that are summed at a time: DDP's 100 MB, where DeepSpeed's default allocates 2 GB."""
@@ -84,12 +84,14 @@ def stage_of(parallel: Parallel) -> int:
 class Zero0(Strategy):
     """``deepspeed``, ZeRO 0: every process holds everything, and DeepSpeed sums the gradients.
 
-    The model is called itself, not through the engine, which would switch off an autocast around it.
+    The model is called itself, not through the engine, which would switch off an autocast around it. Raises ValueError
+    for a parameter that DeepSpeed does not take, and where it turns out to be other than expected.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, prepare: Prepare, stage: int) -> None:
         import deepspeed
 
+        require_plain(model, strategy="deepspeed")
         super().__init__(model, optimizer)
         self._engine, _ = prepare(model, optimizer)
         self.divides_by = dist.get_world_size()

@@ -90,3 +90,13 @@ class Replicas(Strategy):
         if when or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return self.wrapped.no_sync()
+
+
+def require_plain(model: nn.Module, *, strategy: str) -> None:
+    """ValueError for a parameter that cannot be cut: a scalar, or one that is not contiguous."""
+    for name, p in model.named_parameters():
+        if p.dim() == 0 or not p.is_contiguous():
+            what = "a scalar" if p.dim() == 0 else "not contiguous (task.channels_last?)"
+            raise ValueError(
+                f"parallel.strategy = {strategy}: {name} is {what}, which cannot be cut; use ddp or zero1"
+            )

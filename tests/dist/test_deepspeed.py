@@ -24,6 +24,7 @@ from bigbatch.optim import LARS
 from bigbatch.plan import resolve
 from bigbatch.tasks import ClassificationTask
 from bigbatch.train import Parts, assemble, train_step
+from dist.models import accumulate, odd, prepared
 from ranks import Ranks
 
 pytestmark = pytest.mark.skipif(
@@ -220,6 +221,45 @@ def test_precision_and_compression_are_those_of_the_recipe(world: Any, stage: in
     assert float((weights(stage, precision="bf16") - half).norm()) < noise / 10
     rounded = float((weights(stage, parallel={"compression": "bf16"}) - exact).norm())
     assert 1e-6 < rounded < noise
+
+
+def odd_steps(rank: int, name: str, **parallel: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    made = prepared(odd(torch.float32), {"name": name}, torch.float32, **parallel)
+    for number in range(4):
+        accumulate(made, number, rank=rank, world=dist.get_world_size())
+        made.step()
+    return dict(made.model_state()), made.optimizer_state()
+
+
+def odd_steps_under(rank: int, name: str, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return odd_steps(rank, name, strategy="deepspeed", zero_stage=stage)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_tied_and_frozen_weights(world: Any, stage: int) -> None:
+    wanted, found = world(2)(odd_steps, "nadam")[0], world(2)(odd_steps_under, "nadam", stage)[0]
+    torch.testing.assert_close(found[0], wanted[0], **NEAR)
+    torch.testing.assert_close(found[1]["state"], wanted[1]["state"], **NEAR)
+
+
+def refused(rank: int, what: str) -> str:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    if what == "scalar":
+        model.register_parameter("gain", nn.Parameter(torch.tensor(1.0)))
+    else:
+        model.to(memory_format=torch.channels_last)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        prepared(model, {"name": "sgd"}, torch.float32, strategy="deepspeed")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_cannot_be_cut_is_named(world: Any) -> None:
+    assert "gain is a scalar" in world(2)(refused, "scalar")[0]
+    assert "0.weight is not contiguous (task.channels_last?)" in world(2)(refused, "channels last")[0]
 
 
 LAUNCHER = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import timedelta
 from importlib.util import find_spec
-from itertools import count
+from itertools import chain, count
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -25,7 +25,7 @@ from bigbatch.config.models import Parallel
 from .strategy import Reduce, State, Strategy, require_plain
 
 BUCKET = 25_000_000
-"""Elements that are summed at a time: DDP's 100 MB, where DeepSpeed's default allocates 2 GB."""
+"""Elements that are summed at a time, in a buffer of 100 MB; DeepSpeed's default takes 2 GB."""
 
 LAUNCHER = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_CONFIG_DS_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_")
 
@@ -38,7 +38,7 @@ def forget_launcher() -> None:
         del os.environ[name]
 
 
-def accelerator(parallel: Parallel) -> Accelerator:
+def deepspeed_accelerator(parallel: Parallel) -> Accelerator:
     """An Accelerator that has DeepSpeed set up the processes. ValueError where that is not installed."""
     for package in ("deepspeed", "transformers"):  # Accelerate asks the second for its DeepSpeed configuration
         if find_spec(package) is None:
@@ -49,11 +49,11 @@ def accelerator(parallel: Parallel) -> Accelerator:
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):  # for what it logs, then and later
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
-    # On a CPU it would first compile collectives of its own, for minutes.
+    # It would first compile collectives of its own for the CPU, for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config: dict[str, Any] = {
         # It only checks and counts these two; the windows are bigbatch's.
@@ -134,18 +134,12 @@ class Zero12(Zero0):
         self.sum_parts = sum_parts
         self._zero = self._engine.optimizer
         self._zero.optimizer = optimizer  # in place of an Adagrad of its own, which has one group
-        _require(
-            all(hasattr(self._zero, name) for name in ("averaged_gradients", "update_lp_params")),
-            "it steps in another way",
-        )
-        self._partitions: list[Tensor] = []
-        for group, layers in zip(optimizer.param_groups, self._layers, strict=True):
-            (partition,) = group["params"]
-            weights = layers[0].detach()
-            mine = weights.as_strided(partition.shape, (1,), dist.get_rank() * len(partition))
-            _require(torch.equal(mine, partition), "it lays out its partitions in another way")
-            partition.data = mine
-            self._partitions.append(partition)
+        known = all(hasattr(self._zero, name) for name in ("averaged_gradients", "update_lp_params"))
+        _require(known, "it steps in another way")
+        self._partitions = [
+            _in_place(group["params"], layers)
+            for group, layers in zip(optimizer.param_groups, self._layers, strict=True)
+        ]
         set_layers(optimizer, self._layers)
         if whole["state"]:  # as Adagrad's is from its construction
             self._load(whole)
@@ -192,10 +186,11 @@ class Zero12(Zero0):
             theirs = [whole["state"].get(i, {}) for i in group["params"]]
             partition = self._partitions[number]
             states[number] = {key: value for state in theirs for key, value in state.items() if key not in shaped}
-            for key in shaped.intersection(*theirs):
+            for key in shaped.intersection(chain(*theirs)):
                 flat = states[number][key] = torch.zeros_like(partition)
                 for layer, start, stop, first in pieces(layers, partition):
-                    flat[start:stop] = theirs[layer][key].reshape(-1)[first : first + stop - start]
+                    if key in theirs[layer]:
+                        flat[start:stop] = theirs[layer][key].reshape(-1)[first : first + stop - start]
             groups.append({**group, "params": [number]})
         self.optimizer.load_state_dict({**whole, "state": states, "param_groups": groups})
 
@@ -262,6 +257,18 @@ def _require(good: bool, what: str) -> None:
             f"parallel.strategy = deepspeed: DeepSpeed {deepspeed.__version__} is not as bigbatch knows it: {what}; "
             "install another release, or use zero1 or fsdp2"
         )
+
+
+def _in_place(params: Sequence[Tensor], layers: Sequence[Tensor]) -> Tensor:
+    """The only one of ``params``, this process's partition, moved to the memory of the layers that it is a copy of."""
+    storage, (partition, *others) = layers[0].untyped_storage(), params
+    size = partition.numel()
+    good = not others and all(p.untyped_storage().data_ptr() == storage.data_ptr() for p in layers)
+    good &= storage.nbytes() == dist.get_world_size() * partition.nbytes
+    weights = layers[0].detach().as_strided((size,), (1,), dist.get_rank() * size) if good else partition[:0]
+    _require(torch.equal(weights, partition), "it lays out its partitions in another way")
+    partition.data = weights
+    return partition
 
 
 def _has_shape(value: Any) -> bool:

@@ -18,21 +18,23 @@ from torch import Tensor, nn
 
 from bigbatch.config.models import Parallel
 
-from .deepspeed import Zero0, Zero12, accelerator, forget_launcher, stage_of
+from .deepspeed import Zero0, Zero12, deepspeed_accelerator, forget_launcher, stage_of
 from .fsdp2 import FullySharded
 from .strategy import Build, Replicas, Strategy
 from .zero1 import Zero1
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Runtime:
     """One process of a run: who it is, where it computes, and how it sums with the others.
 
-    Only the model is given to Accelerate; schedule, optimiser, sampler and accumulation are bigbatch's own, since
-    Accelerate's step the schedule once per process and average micro batches of unequal size. Raises ValueError where
-    a launcher has set up something else than data-parallel processes, or another number of them than it asked for.
+    Only the model is given to Accelerate, and for DeepSpeed the optimiser; schedule, step, sampler and accumulation are
+    bigbatch's own, since Accelerate's step the schedule once per process and average micro batches of unequal size.
+    Raises ValueError where a launcher has set up something else than data-parallel processes, or another number of them
+    than it asked for, and where DeepSpeed is not installed.
     """
 
     def __init__(
@@ -40,22 +42,10 @@ class Runtime:
     ) -> None:
         self.parallel = parallel = parallel or Parallel()
         asked = int(os.environ.get("WORLD_SIZE", "1"))
-        legal = [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
+        zero = parallel.strategy == "deepspeed" and asked > 1
         if parallel.strategy == "deepspeed":
             forget_launcher()
-        if parallel.strategy == "deepspeed" and asked > 1:
-            self._accelerator, legal = accelerator(parallel), [DistributedType.DEEPSPEED]
-        else:
-            self._accelerator = Accelerator(
-                cpu=not torch.cuda.is_available(),
-                # Autocast is ours (`autocast`), whatever a launcher's configuration says.
-                mixed_precision="no",
-                kwargs_handlers=[
-                    # Batch norm's running statistics are merged, not copied from rank 0.
-                    DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
-                ],
-            )
+        self._accelerator = deepspeed_accelerator(parallel) if zero else _accelerator(parallel)
         self.precision = precision
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
@@ -65,7 +55,7 @@ class Runtime:
                 f"WORLD_SIZE = {asked}: so many processes were asked for and {self.world_size} run; start with torchrun"
             )
         kind = self._accelerator.distributed_type
-        if kind not in legal:
+        if kind not in ((DistributedType.DEEPSPEED,) if zero else REPLICATED):
             raise ValueError(
                 f"parallel.strategy = {parallel.strategy}: the launcher is configured for {kind.value}; use a "
                 "configuration without it"
@@ -166,3 +156,16 @@ class Runtime:
         # After an error the other processes may be inside a collective, and leaving in order would wait for them.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _accelerator(parallel: Parallel) -> Accelerator:
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        # Autocast is ours (`Runtime.autocast`), whatever a launcher's configuration says.
+        mixed_precision="no",
+        kwargs_handlers=[
+            # Batch norm's running statistics are merged, not copied from rank 0.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
+        ],
+    )

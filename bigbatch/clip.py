@@ -61,6 +61,9 @@ def clip_held(
     for places in groups.values():
         group = [gradients[i] for i in places]
         if kind == "norm":
+            # A value on the CPU can be read at once; elsewhere it costs less to multiply by 1 than to wait.
+            if norm.device.type == "cpu" and not norm + 1e-6 > max:
+                continue
             scale = (max / (norm + 1e-6)).clamp(max=1)
             scale = torch.where(norm.isfinite(), scale, 1)
             torch._foreach_mul_(group, scale.to(group[0].device))

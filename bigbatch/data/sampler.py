@@ -71,6 +71,10 @@ class Stream:
     def locate(self, positions: range | Indices) -> tuple[Indices, Indices]:
         """(sample index, epoch) of each position, int64."""
         if isinstance(positions, range):
+            epoch, first = divmod(positions.start, self.epoch_samples)
+            if positions.step == 1 and first + len(positions) <= self.epoch_samples:
+                index = self._visited(np.arange(first, first + len(positions), dtype=np.int64), epoch)
+                return index, np.full_like(index, epoch)
             positions = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.epoch_samples)
         index = np.empty_like(epochs)

@@ -108,7 +108,7 @@ class Zero0(Strategy):
         self._engine.set_gradient_accumulation_boundary(when)
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
         self._engine.backward(loss)
 
 
@@ -142,9 +142,9 @@ class Zero12(Zero0):
         ]
         set_layers(optimizer, self._layers)
         if whole["state"]:  # as Adagrad's is from its construction
-            self._load(whole)
+            self.load(model.state_dict(), whole)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
         super().backward(loss)
         if self._engine.is_gradient_accumulation_boundary():
             averaged = self._zero.averaged_gradients
@@ -175,15 +175,10 @@ class Zero12(Zero0):
         return {**whole, "state": states}
 
     def load(self, model: State, optimizer: State) -> None:
-        self.model.load_state_dict(model)
-        self._load(optimizer)
-
-    def _load(self, whole: State) -> None:
-        """Take this process's part of an optimiser state of layers."""
-        shaped = {key for state in whole["state"].values() for key, value in state.items() if _has_shape(value)}
+        shaped = {key for state in optimizer["state"].values() for key, value in state.items() if _has_shape(value)}
         states, groups = {}, []
-        for number, (group, layers) in enumerate(zip(whole["param_groups"], self._layers, strict=True)):
-            theirs = [whole["state"].get(i, {}) for i in group["params"]]
+        for number, (group, layers) in enumerate(zip(optimizer["param_groups"], self._layers, strict=True)):
+            theirs = [optimizer["state"].get(i, {}) for i in group["params"]]
             partition = self._partitions[number]
             states[number] = {key: value for state in theirs for key, value in state.items() if key not in shaped}
             for key in shaped.intersection(chain(*theirs)):
@@ -192,7 +187,7 @@ class Zero12(Zero0):
                     if key in theirs[layer]:
                         flat[start:stop] = theirs[layer][key].reshape(-1)[first : first + stop - start]
             groups.append({**group, "params": [number]})
-        self.optimizer.load_state_dict({**whole, "state": states, "param_groups": groups})
+        super().load(model, {**optimizer, "state": states, "param_groups": groups})
 
 
 class Piece(NamedTuple):

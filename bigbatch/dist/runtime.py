@@ -86,7 +86,7 @@ class Runtime:
         """
         strategy = self.parallel.strategy if self.world_size > 1 else "ddp"
         if strategy == "zero1":
-            return Zero1(model, build(model), wrap=self._replicate)
+            return Zero1(model, build(model), wrap=self._replicate, parallel=self.parallel)
         if strategy == "fsdp2":
             rounds_to = HALF.get(self.parallel.compression)
             return FullySharded(model, build, sum_parts=self.sum, device=self.device, rounds_to=rounds_to)
@@ -95,7 +95,7 @@ class Runtime:
             if stage == 0:
                 return Zero0(model, build(model), prepare=prepare, stage=stage)
             return Zero12(model, build(model), prepare=prepare, stage=stage, sum_parts=self.sum)
-        return Replicas(model, build(model), wrap=self._replicate)
+        return Replicas(model, build(model), wrap=self._replicate, parallel=self.parallel)
 
     def _replicate(self, model: nn.Module) -> nn.Module:
         """The model under DistributedDataParallel, or as it is on one process."""
@@ -103,6 +103,15 @@ class Runtime:
             # torch renames `broadcast_buffers`; the old name is the one that all supported releases know.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
+
+    def seed(self, number: int) -> None:
+        """Seed torch's generators of this process's devices, 0 ≤ number < 2⁶⁴.
+
+        torch.manual_seed also asks for devices that are not there, which takes longer than a small training step.
+        """
+        torch.default_generator.manual_seed(number)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def sum(self, tensor: Tensor) -> None:
         """Sum a tensor over all processes, in place."""
@@ -165,7 +174,12 @@ def _accelerator(parallel: Parallel) -> Accelerator:
         mixed_precision="no",
         kwargs_handlers=[
             # Batch norm's running statistics are merged, not copied from rank 0.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # Where gloo runs the collectives of two buckets, PowerSGD's mix them up between processes.
+                bucket_cap_mb=2**20 if parallel.compression == "powersgd" and not torch.cuda.is_available() else 25,
+            ),
             InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
         ],
     )

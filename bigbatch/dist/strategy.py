@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from bigbatch.config.models import Parallel
+
+from .compress import Probe, exchange_with
 
 Build = Callable[[nn.Module], Optimizer]
 Reduce = Callable[[Tensor], None]
@@ -22,12 +27,13 @@ class Strategy(ABC):
     """Owns the model and the optimiser of a run from their assembly on.
 
     ``wrapped`` is what is called in training. The exchange divides the sum of the gradients over processes by
-    ``divides_by``. ``sum_parts`` sums a tensor in place over the processes that hold parts of one gradient; None where
+    ``divides_by``, and where it ``carries``, it sums what `backward` is given besides. ``sum_parts`` sums a tensor in place over the processes that hold parts of one gradient; None where
     each holds gradients whole. In ``lockstep`` every forward pass is a collective, those of an evaluation too.
     """
 
     wrapped: nn.Module
     divides_by: int = 1
+    carries: bool = False
     sum_parts: Reduce | None = None
     lockstep: bool = False
 
@@ -39,8 +45,20 @@ class Strategy(ABC):
     def exchange(self, *, when: bool) -> AbstractContextManager[Any]:
         """Gradients of forward and backward passes inside are summed over processes only ``when`` true."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``, 0-dim."""
+    def start(self, probes: Sequence[Probe] = ()) -> None:
+        """Training begins: the model has been tried, compression may set in, and probes may look; see `exchange_with`.
+
+        ValueError for probes where gradients do not pass them.
+        """
+        if probes:
+            raise ValueError(f"probes = {len(probes)}: only DistributedDataParallel shows them gradients; use ddp or zero1")
+
+    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
+        """Add the gradient of ``loss``, 0-dim.
+
+        Where the strategy ``carries`` and gradients are exchanged, ``totals``, of shape (2,), become their sums over all
+        processes, rounded to the parameters' dtype.
+        """
         loss.backward()  # type: ignore[no-untyped-call]
 
     def zero_grad(self) -> None:
@@ -78,13 +96,39 @@ class Strategy(ABC):
 
 
 class Replicas(Strategy):
-    """``ddp``: every process holds everything, and gradients are summed by DistributedDataParallel."""
+    """``ddp``: every process holds everything, and gradients are summed by DistributedDataParallel.
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    It rearranges its buckets once, in the forward pass after the first backward pass, and sums depend on where a bucket
+    is cut. So a first pass before training pins them: then a resumed run's sums are those of one that never stopped.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, *, wrap: Callable[[nn.Module], nn.Module], parallel: Parallel
+    ) -> None:
         super().__init__(model, optimizer)
-        self.wrapped = wrap(model)
+        self._carrier, self._parallel = _Carrier(model), parallel
+        self.wrapped = wrap(self._carrier)
+        self._exchanges = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             self.divides_by = self.wrapped.process_group.size()
+            self.carries = parallel.compression == "none"
+
+    def start(self, probes: Sequence[Probe] = ()) -> None:
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and (probes or not self.carries):
+            exchange_with(self.wrapped, self._parallel, probes)
+            self.carries = False
+
+    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
+        if not getattr(self.wrapped, "require_backward_grad_sync", False):
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        # What is compressed would no longer be a sum, and probes are to see nothing but gradients.
+        sums = self._carrier.sums
+        sums.grad = None
+        cargo = totals.to(sums.dtype) if self.carries and totals is not None else torch.zeros_like(sums)
+        torch.autograd.backward((loss, sums), (torch.ones_like(loss), cargo))
+        if self.carries and totals is not None and sums.grad is not None:
+            totals.copy_(sums.grad).mul_(self.divides_by)
 
     def exchange(self, *, when: bool) -> AbstractContextManager[Any]:
         if when or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
@@ -100,3 +144,16 @@ def require_plain(model: nn.Module, *, strategy: str) -> None:
             raise ValueError(
                 f"parallel.strategy = {strategy}: {name} is {what}, which cannot be cut; use ddp or zero1"
             )
+
+
+class _Carrier(nn.Module):
+    """A model with two numbers more, whose "gradients" travel in the buckets of the others: no collective of their own
+    tells the processes the loss and the weight of all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.sums = nn.Parameter(next(p for p in model.parameters() if p.requires_grad).new_zeros(2))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)

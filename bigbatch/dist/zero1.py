@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bigbatch.config.models import Parallel
+
 from .strategy import Replicas, State
 
 # Renamed by torch 2.14, which warns of the old name.
@@ -37,12 +39,14 @@ class Zero1(Replicas):
     is, layer-wise ones too. Takes over the ``optimizer``, which is one of all parameters, with no step taken.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, *, wrap: Callable[[nn.Module], nn.Module], parallel: Parallel
+    ) -> None:
         self._rank, world_size = dist.get_rank(), dist.get_world_size()
         self._members = [{key: group[key] for key in MEMBERS if key in group} for group in optimizer.param_groups]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         self._owner = dict(zip(params, owners([p.nbytes for p in params], world_size), strict=True))
-        super().__init__(model, optimizer, wrap=wrap)
+        super().__init__(model, optimizer, wrap=wrap, parallel=parallel)
         self._buffers = _lay_out(self._owner, world_size)
         for p in params:
             if self._owner[p] != self._rank:

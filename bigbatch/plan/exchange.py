@@ -46,6 +46,11 @@ def check_exchange(config: RunConfig) -> None:
             f"parallel.powersgd_rank = {parallel.powersgd_rank}: belongs to parallel.compression=powersgd, and "
             f"{compression} is set; remove it"
         )
+    if strategy == "zero1" and getattr(config.optim, "prenormalize", False):
+        raise ConfigError(
+            "optim.prenormalize = True: divides by the norm of all gradients, of which a process has some "
+            "under zero1; use parallel.strategy ddp or fsdp2"
+        )
     if strategy == "deepspeed" and config.precision == "fp64":
         raise ConfigError(
             "precision = fp64: DeepSpeed keeps its weights in float32; use parallel.strategy ddp, zero1 or fsdp2"

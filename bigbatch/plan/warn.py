@@ -82,8 +82,9 @@ def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
             ),
         )
     if config.parallel.compression != "none":
+        memory = "; a resumed run forgets its error feedback" if config.parallel.compression == "powersgd" else ""
         yield (
             "compressed_exchange",
             f"parallel.compression {config.parallel.compression} rounds what each process sends, so another number of "
-            "processes is another run",
+            f"processes is another run{memory}",
         )

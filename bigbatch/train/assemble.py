@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigbatch.config import RunConfig
 from bigbatch.data import Dataset, Loader, Stream, load_data
-from bigbatch.dist import Runtime
+from bigbatch.dist import Runtime, Strategy
 from bigbatch.dropout import KeyedDropout, draws_freely
 from bigbatch.keyed import fold
 from bigbatch.norm import BatchStats, convert_norm, zero_init_residual
@@ -53,7 +53,9 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         device=runtime.device,
         dtype=runtime.dtype,
     )
-    dropout, own_buffers, warnings = _try(config, task=task, model=model, loader=loader, runtime=runtime)
+    strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
+    dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
+    strategy.start()
     return Parts(
         config=config,
         plan=plan,
@@ -61,7 +63,7 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         task=task,
         loader=loader,
         model=model,
-        strategy=runtime.prepare(model, lambda model: build_optimizer(config.optim, model)),
+        strategy=strategy,
         stats=BatchStats(model),
         scale=LossScale() if config.precision == "fp16" else None,
         dropout=dropout,
@@ -71,22 +73,26 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
 
 
 def _try(
-    config: RunConfig, *, task: Task, model: nn.Module, loader: Loader, runtime: Runtime
+    config: RunConfig, *, task: Task, strategy: Strategy, loader: Loader, runtime: Runtime
 ) -> tuple[KeyedDropout | None, frozenset[str], tuple[PlanWarning, ...]]:
-    """Forward and backward on two samples, to see here and not in the first step what cannot work: its dropout keyed,
-    the buffers that follow each process's own samples, and warnings of what therefore depends on the layout."""
+    """Forward and backward on two samples, to see here and not in the first step what cannot work, and to pin how
+    gradients are exchanged: its dropout keyed, the buffers that follow each process's own samples, and warnings of what
+    therefore depends on the layout."""
+    model = strategy.model
     stats, dropout, warnings = BatchStats(model), None, []
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def forward(samples: int = 2) -> Tensor:
         with runtime.autocast():
-            loss, _ = task.loss(model, loader.train(range(samples)))
+            loss, _ = task.loss(strategy.wrapped, loader.train(range(samples)))
         return loss
 
     def passes() -> None:
-        with dropout.at(range(2), range(2)) if dropout else nullcontext():
-            loss = forward()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with strategy.exchange(when=True):
+            with dropout.at(range(2), range(2)) if dropout else nullcontext():
+                loss = forward()
+            strategy.backward(loss)
+        strategy.zero_grad()
         stats.check(2)
 
     def warn(code: str, message: str) -> None:
@@ -110,7 +116,6 @@ def _try(
             f"samples fails ({error}); change the model or its options"
         ) from error
     stats.discard()
-    model.zero_grad(set_to_none=True)
     moved = frozenset(name for name, buffer in model.named_buffers() if not buffer.equal(before[name]))
     for name in moved:
         model.get_buffer(name).copy_(before[name])

@@ -18,15 +18,16 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     """Train on the window that starts after ``samples`` samples.
 
     The gradient is Σ loss / Σ weight over the whole window, whatever the number of processes, the accumulation and the
-    size of the window. One gradient exchange per step; where the loss is asked for or weights are no sample counts, an
-    all-reduce of both runs beside the last backward pass. A gradient that is not finite changes nothing but the clock.
+    size of the window. One gradient exchange per step carries the sums of losses and weights too; where it cannot, an
+    all-reduce of both runs beside the last backward pass, if the loss is asked for or weights are no sample counts. A
+    gradient that is not finite changes nothing but the clock.
     """
     plan, runtime, task, strategy = parts.plan, parts.runtime, parts.task, parts.strategy
     size, lr = plan.window(samples), plan.lr(samples)
     pieces, window = my_pieces(parts, samples), shift(range(size), samples)
     scale = parts.scale.value if parts.scale else 1.0
     factor = strategy.divides_by * scale / size
-    send = want_loss or not task.weight_is_count
+    send = (want_loss or not task.weight_is_count) and not strategy.carries
     strategy.zero_grad()
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for number, piece in enumerate(pieces):
@@ -41,7 +42,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
             totals += torch.stack([loss.detach(), weight])
             if last and send:
                 arrive = runtime.start_sum(totals)
-            strategy.backward(loss * factor)
+            strategy.backward(loss * factor, totals)
     if send:
         arrive()
 
@@ -80,7 +81,7 @@ def my_pieces(parts: Parts, samples: int) -> list[range]:
 
 def dropout(parts: Parts, piece: range, window: range) -> AbstractContextManager[Any]:
     """The random numbers of a forward pass over ``piece`` of the ``window``, both positions in the stream."""
-    torch.manual_seed(fold(parts.config.seed, piece.start))
+    parts.runtime.seed(fold(parts.config.seed, piece.start))
     return parts.dropout.at(piece, window) if parts.dropout else nullcontext()
 
 

@@ -62,6 +62,13 @@ def test_the_same_run_in_every_layout(span: int) -> None:
     assert "the same run in all layouts" in verdict.text("recipe")
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp2"])
+def test_the_same_run_whatever_a_process_holds(strategy: str) -> None:
+    verdict = judge("1x1,2x2,4x1", parallel={"strategy": strategy})
+    assert verdict.same and not verdict.notes, verdict.text("")
+    assert max(finding.difference for finding in verdict.findings) < 1e-12
+
+
 def test_dropout_and_stochastic_depth_are_the_same_run_where_they_are_keyed() -> None:
     model = {"model": "timm/resnet10t", "options": {"drop_rate": 0.2, "drop_path_rate": 0.2}}
     data = {"name": "synthetic", "shape": [3, 16, 16], "classes": 3, "size": 1085}

@@ -59,6 +59,10 @@ def test_the_plan_names_the_compression_and_warns_of_it(parallel: dict[str, Any]
         ({"parallel": {"zero_stage": 1}}, r"parallel\.zero_stage = 1: .*strategy=deepspeed.*remove it"),
         ({"parallel": {"strategy": "deepspeed", "zero_stage": 3}}, r"parallel\.zero_stage = 3: .*fsdp2"),
         ({"parallel": {"strategy": "fsdp2", "compression": "powersgd"}}, r"compression = powersgd: fsdp2.*use bf16"),
+        (
+            {"parallel": {"strategy": "zero1"}, "optim": {"name": "lamb", "lr": 1.0, "prenormalize": True}},
+            r"optim\.prenormalize = True: .*ddp or fsdp2",
+        ),
         ({"parallel": {"powersgd_rank": 2}}, r"powersgd_rank = 2: .*remove it"),
         ({"parallel": {"strategy": "deepspeed"}, "precision": "fp64"}, "precision = fp64: .*zero1 or fsdp2"),
         (

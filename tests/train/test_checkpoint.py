@@ -4,7 +4,7 @@ from typing import Literal
 import pytest
 import torch
 
-from bigbatch.train.checkpoint import Checkpoints
+from bigbatch.train.checkpoint import Checkpoints, open_checkpoint
 
 
 def saved(
@@ -40,3 +40,12 @@ def test_the_newest_is_the_greatest_number(tmp_path: Path) -> None:
     assert saved(tmp_path, {99_999_999: 0.1, 100_000_000: 0.1}) == [99_999_999, 100_000_000]
     newest, damage = Checkpoints(tmp_path, keep=2, best="accuracy", best_is="max").newest()
     assert newest is not None and newest.path.name == "100000000" and damage == []
+
+
+def test_tied_and_neighbouring_weights_keep_all_their_names(tmp_path: Path) -> None:
+    buffer = torch.arange(12.0)
+    model = {"a": buffer[:6].view(2, 3), "b": buffer[6:], "tied": buffer[:6].view(2, 3), "t": buffer[:6].view(2, 3).t()}
+    checkpoints = Checkpoints(tmp_path, keep=1, best="accuracy", best_is="max")
+    found = open_checkpoint(checkpoints.save(1, model=model, optimizer={}, state={})).model()
+    assert found.keys() == model.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.items())

@@ -37,9 +37,7 @@ class Runtime:
     than it asked for, and where DeepSpeed is not installed.
     """
 
-    def __init__(
-        self, *, precision: Precision = "fp32", parallel: Parallel | None = None, debug: bool = False
-    ) -> None:
+    def __init__(self, *, precision: Precision = "fp32", parallel: Parallel | None = None, debug: bool = False) -> None:
         self.parallel = parallel = parallel or Parallel()
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         zero = parallel.strategy == "deepspeed" and asked > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -108,7 +109,7 @@ def trained(rank: int, recipe: dict[str, Any], start: End | None = None, until: 
     parts = parts_of(recipe)
     samples, norms = 0, []
     if start:
-        samples = start.samples
+        samples, start = start.samples, copy.deepcopy(start)  # pipes between processes share a tensor's memory
         parts.strategy.load(start.model, start.optimizer)
     while samples < min(parts.plan.samples, until):
         norms.append(train_step(parts, samples=samples, want_loss=False).grad_norm)
@@ -135,7 +136,8 @@ def replicas(ranks: Ranks, name: str) -> list[End]:
 # Four processes: some hold no piece of the first group.
 @pytest.mark.parametrize(
     ("number", "name", "stage"),
-    [(2, name, stage) for name in OPTIMIZERS for stage in (0, 1, 2)]
+    [(2, name, stage) for name in OPTIMIZERS for stage in (1, 2)]
+    + [(2, "lars", 0), (2, "lamb", 0)]
     + [(4, name, stage) for name in ("lars", "lamb") for stage in (1, 2)],
 )
 def test_every_optimizer_takes_the_steps_of_replicas(world: Any, number: int, name: str, stage: int) -> None:
@@ -201,7 +203,7 @@ def skipping(rank: int, recipe: dict[str, Any]) -> tuple[End, bool, list[bool]]:
     return ended(parts, 320, []), same, skipped
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing(world: Any, stage: int) -> None:
     theirs = [end for end, *_ in world(2)(skipping, sections("lamb", None))]
     found = world(2)(skipping, sections("lamb", stage))

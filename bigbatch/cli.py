@@ -185,6 +185,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     anywhere = (
         "parallel.expect_world_size=null",
         "parallel.strategy=ddp",
+        "parallel.zero_stage=null",
         "debug=false",
         "batch.micro=auto",
         f"batch.micro_limit={2**62}",

@@ -18,54 +18,45 @@ from torch import Tensor, nn
 
 from bigbatch.config.models import Parallel
 
+from .deepspeed import Zero0, Zero12, deepspeed_accelerator, forget_launcher, stage_of
 from .fsdp2 import FullySharded
 from .strategy import Build, Replicas, Strategy
 from .zero1 import Zero1
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Runtime:
     """One process of a run: who it is, where it computes, and how it sums with the others.
 
-    Only the model is given to Accelerate; schedule, optimiser, sampler and accumulation are bigbatch's own, since
-    Accelerate's step the schedule once per process and average micro batches of unequal size. Raises ValueError where
-    a launcher has set up something else than data-parallel processes, or another number of them than it asked for.
+    Only the model is given to Accelerate, and for DeepSpeed the optimiser; schedule, step, sampler and accumulation are
+    bigbatch's own, since Accelerate's step the schedule once per process and average micro batches of unequal size.
+    Raises ValueError where a launcher has set up something else than data-parallel processes, or another number of them
+    than it asked for, and where DeepSpeed is not installed.
     """
 
-    def __init__(
-        self, *, precision: Precision = "fp32", parallel: Parallel | None = None, debug: bool = False
-    ) -> None:
+    def __init__(self, *, precision: Precision = "fp32", parallel: Parallel | None = None, debug: bool = False) -> None:
         self.parallel = parallel = parallel or Parallel()
-        self._accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            # Autocast is ours (`autocast`), whatever a launcher's configuration says.
-            mixed_precision="no",
-            kwargs_handlers=[
-                # Batch norm's running statistics are merged, not copied from rank 0.
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False,
-                    gradient_as_bucket_view=True,
-                    # Where gloo runs the collectives of two buckets, PowerSGD's mix them up between processes.
-                    bucket_cap_mb=2**20 if parallel.compression == "powersgd" and not torch.cuda.is_available() else 25,
-                ),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
-            ],
-        )
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        zero = parallel.strategy == "deepspeed" and asked > 1
+        if parallel.strategy == "deepspeed":
+            forget_launcher()
+        self._accelerator = deepspeed_accelerator(parallel) if zero else _accelerator(parallel)
         self.precision = precision
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
         if asked != self.world_size:
             raise ValueError(
                 f"WORLD_SIZE = {asked}: so many processes were asked for and {self.world_size} run; start with torchrun"
             )
         kind = self._accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        if kind not in ((DistributedType.DEEPSPEED,) if zero else REPLICATED):
             raise ValueError(
-                f"parallel.strategy = ddp: the launcher is configured for {kind.value}; use a configuration without it"
+                f"parallel.strategy = {parallel.strategy}: the launcher is configured for {kind.value}; use a "
+                "configuration without it"
             )
         if debug:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
@@ -97,6 +88,11 @@ class Runtime:
         if strategy == "fsdp2":
             rounds_to = HALF.get(self.parallel.compression)
             return FullySharded(model, build, sum_parts=self.sum, device=self.device, rounds_to=rounds_to)
+        if strategy == "deepspeed":
+            stage, prepare = stage_of(self.parallel), self._accelerator.prepare
+            if stage == 0:
+                return Zero0(model, build(model), prepare=prepare, stage=stage)
+            return Zero12(model, build(model), prepare=prepare, stage=stage, sum_parts=self.sum)
         return Replicas(model, build(model), wrap=self._replicate, parallel=self.parallel)
 
     def _replicate(self, model: nn.Module) -> nn.Module:
@@ -167,3 +163,21 @@ class Runtime:
         # After an error the other processes may be inside a collective, and leaving in order would wait for them.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _accelerator(parallel: Parallel) -> Accelerator:
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        # Autocast is ours (`Runtime.autocast`), whatever a launcher's configuration says.
+        mixed_precision="no",
+        kwargs_handlers=[
+            # Batch norm's running statistics are merged, not copied from rank 0.
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # Where gloo runs the collectives of two buckets, PowerSGD's mix them up between processes.
+                bucket_cap_mb=2**20 if parallel.compression == "powersgd" and not torch.cuda.is_available() else 25,
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout)),
+        ],
+    )

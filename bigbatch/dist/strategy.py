@@ -27,8 +27,9 @@ class Strategy(ABC):
     """Owns the model and the optimiser of a run from their assembly on.
 
     ``wrapped`` is what is called in training. The exchange divides the sum of the gradients over processes by
-    ``divides_by``, and where it ``carries``, it sums what `backward` is given besides. ``sum_parts`` sums a tensor in place over the processes that hold parts of one gradient; None where
-    each holds gradients whole. In ``lockstep`` every forward pass is a collective, those of an evaluation too.
+    ``divides_by``, and where it ``carries``, it sums what `backward` is given besides. ``sum_parts`` sums a tensor in
+    place over the processes that hold parts of one gradient; None where each holds gradients whole. In ``lockstep``
+    every forward pass is a collective, those of an evaluation too.
     """
 
     wrapped: nn.Module
@@ -51,13 +52,15 @@ class Strategy(ABC):
         ValueError for probes where gradients do not pass them.
         """
         if probes:
-            raise ValueError(f"probes = {len(probes)}: only DistributedDataParallel shows them gradients; use ddp or zero1")
+            raise ValueError(
+                f"probes = {len(probes)}: only DistributedDataParallel shows them gradients; use ddp or zero1"
+            )
 
     def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
         """Add the gradient of ``loss``, 0-dim.
 
-        Where the strategy ``carries`` and gradients are exchanged, ``totals``, of shape (2,), become their sums over all
-        processes, rounded to the parameters' dtype.
+        Where the strategy ``carries`` and gradients are exchanged, ``totals``, of shape (2,), become their sums over
+        all processes, rounded to the parameters' dtype.
         """
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -134,6 +137,14 @@ class Replicas(Strategy):
         if when or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return self.wrapped.no_sync()
+
+
+def require_plain(model: nn.Module, *, strategy: str) -> None:
+    """ValueError for a parameter that cannot be cut: a scalar, or one that is not contiguous."""
+    for name, p in model.named_parameters():
+        if p.dim() == 0 or not p.is_contiguous():
+            what = "a scalar" if p.dim() == 0 else "not contiguous (task.channels_last?)"
+            raise ValueError(f"parallel.strategy = {strategy}: {name} is {what}, which cannot be cut; use ddp or zero1")
 
 
 class _Carrier(nn.Module):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -58,8 +59,7 @@ class LayerwiseOptimizer(Optimizer):
 
     kernel: "fused" goes through torch's fused CPU kernels tensor by tensor, "foreach" updates all tensors at once;
     "auto" is fused for whole tensors of the CPU. Neither allocates more than a chunk (``trust.CHUNK``) after the first
-    step. "triton", for CUDA, is one launch for all tensors, or three where ratios are wanted, and needs no scratch;
-    its table of addresses is made anew when one changes.
+    step. "triton", for CUDA, updates all tensors in one launch, or three where ratios are wanted, and has no scratch.
 
     float32 and float64 parameters are updated in their own precision. bfloat16 and float16 ones have float32 momenta
     and, with low_precision "master", a float32 copy of the weights in the state, made in their first step;
@@ -166,13 +166,11 @@ class LayerwiseOptimizer(Optimizer):
         require(where == "on cpu" or asked != "fused", "kernel", group, way_out)
         if asked == "triton":
             require(find_spec("triton") is not None, "kernel", group, "install the package triton, or choose auto")
-            from .triton import INTERPRETED
+            from .triton import DEVICE
 
-            way_out = (
-                f"is for CUDA, and {_name(group, index)} is on {p.device.type}; choose auto, or set TRITON_INTERPRET=1 "
-                "in the environment for Triton's interpreter, which is slow"
-            )
-            require(p.device.type == "cuda" or INTERPRETED, "kernel", group, way_out)
+            way_out = "is for CUDA or, slowly, with TRITON_INTERPRET=1 in the environment for the CPU alone, and "
+            way_out += f"{_name(group, index)} is on {p.device.type}; choose auto"
+            require(p.device.type == DEVICE, "kernel", group, way_out)
         return asked if asked != "auto" else "fused" if where == "on cpu" else "foreach"
 
     def _span(self, p: Tensor) -> Span:
@@ -220,6 +218,8 @@ class LayerwiseOptimizer(Optimizer):
         """The bucket's tensors as the kernels see them."""
         from .triton import Table
 
+        for w in bucket.tensors["w"]:
+            increment_version(w)  # autograd does not see what a kernel writes
         ways = [bucket.tensors[name] for name in ("w", "g", *self._moments(bucket.group))]
         held = self._tables.get(bucket.key)
         if held is None or held.key != Table.made_of(ways):

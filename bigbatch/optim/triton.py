@@ -19,15 +19,15 @@ from .shards import ROWS
 from .trust import Tensors
 
 CHUNK = 4096  # elements that a program updates; a power of 2
-COLUMNS = tl.constexpr(6)  # of the table: size, first chunk, and the addresses of w, g and up to two moments
-W, G, M, V = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
-KINDS = tl.constexpr(ROWS)
-WIDTH = tl.constexpr(256)  # partial sums that are added at a time
+COLUMNS = tl.constexpr(6)  # of the table: a tensor's size and first chunk, the addresses of w, g and up to two moments
+SIZE, FIRST, W, G, M, V = (tl.constexpr(column) for column in range(COLUMNS.value))
+KINDS = tl.constexpr(ROWS)  # of squares, for each of which a chunk has a place
+WIDTH = tl.constexpr(256)  # sums of chunks that are added at a time
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Table:
-    """N tensors, each with what belongs to it in ``ways`` = (w, g, moments), as the kernels see them.
+    """N weights with their gradients and moments, as the kernels see them; ``ways`` are the lists of N of each.
 
     It serves until a size or an address changes; until then a step uploads nothing. A CUDA graph replays the addresses
     it was captured with: keep the gradients in place, and take no step outside it with others.
@@ -49,7 +49,7 @@ class Table:
 
     @staticmethod
     def made_of(ways: Sequence[Tensors]) -> tuple[tuple[int, ...], ...]:
-        """The sizes of N tensors and the addresses of what belongs to them."""
+        """What a table says: the sizes of the weights, and each list's addresses."""
         return tuple(w.numel() for w in ways[0]), *(tuple(t.data_ptr() for t in way) for way in ways)
 
     def launch(self, kernel: Any, *args: Tensor | float, **switches: bool) -> None:
@@ -76,8 +76,8 @@ def _chunk(owners, rows, CHUNK: tl.constexpr):
     """The number of this program's tensor, its row, the offsets of the chunk in it, and which of those are inside."""
     owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
     row = rows + COLUMNS * owner
-    at = (tl.program_id(0) - tl.load(row + 1)) * CHUNK + tl.arange(0, CHUNK)
-    return owner, row, at, at < tl.load(row)
+    at = (tl.program_id(0) - tl.load(row + FIRST)) * CHUNK + tl.arange(0, CHUNK)
+    return owner, row, at, at < tl.load(row + SIZE)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _store_square(partials, kind: tl.constexpr, x):
 @triton.jit
 def _sum(rows, partials, sums, CHUNK: tl.constexpr):
     row, kind = rows + COLUMNS * tl.program_id(0), tl.program_id(1)
-    first, chunks = tl.load(row + 1), tl.cdiv(tl.load(row), CHUNK)
+    first, chunks = tl.load(row + FIRST), tl.cdiv(tl.load(row + SIZE), CHUNK)
     total = tl.zeros((WIDTH,), tl.float64)
     for start in range(0, chunks, WIDTH):
         at = start + tl.arange(0, WIDTH)
@@ -139,10 +139,10 @@ def lars_step(
 
 
 @triton.jit
-def _lamb_update(w, m, v, owner, c1, c2, eps, weight_decay, DTYPE: tl.constexpr):
-    """u = m̂ / (√v̂ + ε) + λw, m̂ = m / c₁, v̂ = v / c₂."""
-    root = tl.sqrt(v / tl.load(c2 + owner).to(DTYPE)) + tl.full((), eps, DTYPE)
-    return m / (tl.load(c1 + owner).to(DTYPE) * root) + tl.full((), weight_decay, DTYPE) * w
+def _lamb_update(w, m, v, owner, inside, c1, c2, eps, weight_decay, DTYPE: tl.constexpr):
+    """u = m̂ / (√v̂ + ε) + λw, m̂ = m / c₁, v̂ = v / c₂; 0 beyond the tensor, for any ε."""
+    root = tl.sqrt(v / tl.load(c2 + owner)) + tl.full((), eps, DTYPE)
+    return m / (tl.load(c1 + owner) * tl.where(inside, root, 1.0)) + tl.full((), weight_decay, DTYPE) * w
 
 
 @triton.jit
@@ -160,10 +160,10 @@ def lamb_moments(
     v = tl.full((), beta2, DTYPE) * v + tl.full((), 1 - beta2, DTYPE) * g * g
     _store(row, M, at, inside, m, DTYPE)
     _store(row, V, at, inside, v, DTYPE)
-    u = _lamb_update(w, m, v, owner, c1, c2, eps, weight_decay, DTYPE)
+    u = _lamb_update(w, m, v, owner, inside, c1, c2, eps, weight_decay, DTYPE)
     if ADAPT:
         _store_square(partials, 0, w)
-        _store_square(partials, 1, tl.where(inside, u, 0.0))
+        _store_square(partials, 1, u)
     else:
         _store(row, W, at, inside, w - tl.load(rates + owner).to(DTYPE) * u, DTYPE)
 
@@ -177,9 +177,9 @@ def lamb_descent(
     w = _load(row, W, at, inside, DTYPE)
     m = _load(row, M, at, inside, DTYPE)
     v = _load(row, V, at, inside, DTYPE)
-    u = _lamb_update(w, m, v, owner, c1, c2, eps, weight_decay, DTYPE)
+    u = _lamb_update(w, m, v, owner, inside, c1, c2, eps, weight_decay, DTYPE)
     _store(row, W, at, inside, w - tl.load(rates + owner).to(DTYPE) * u, DTYPE)
 
 
-INTERPRETED = not isinstance(_sum, triton.JITFunction)
-"""Whether the kernels run in Triton's interpreter, as with TRITON_INTERPRET=1 in the environment: on any device."""
+DEVICE = "cuda" if isinstance(_sum, triton.JITFunction) else "cpu"
+"""Where the kernels run: with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on the CPU."""

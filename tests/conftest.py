@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +17,9 @@ os.environ.update(
 )
 # Set before torch is imported, here and in child processes: the tensors of the tests are too small to share out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is: without a GPU its kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # How long an example takes is the machine's business, not the code's.
 hypothesis.settings.register_profile("bigbatch", deadline=None)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from .layerwise import Bucket, Group, LayerwiseOptimizer, Params, Update, descend, require
+from .layerwise import Bucket, Group, Kernel, LayerwiseOptimizer, Params, Update, descend, require
 from .trust import CHUNK, Tensors, chunks, flat, lamb_ratio, square, squares
+
+if TYPE_CHECKING:
+    from .triton import Table
 
 
 class LAMB(LayerwiseOptimizer):
@@ -49,7 +52,7 @@ class LAMB(LayerwiseOptimizer):
         prenormalize: bool = False,
         adapt: bool = True,
         maximize: bool = False,
-        kernel: Literal["auto", "fused", "foreach"] = "auto",
+        kernel: Kernel = "auto",
         low_precision: Literal["master", "stochastic"] = "master",
         capturable: bool = False,
     ) -> None:
@@ -113,6 +116,24 @@ class LAMB(LayerwiseOptimizer):
             ratios = lamb_ratio(w2, u2, clamp=group["clamp_weight_norm"])
             torch._foreach_mul_(u, ratios.to(w[0].dtype).unbind())
         descend(w, u, bucket.lr(), scratch=u)
+
+    def _triton(self, bucket: Bucket, table: Table) -> Update:
+        from .triton import lamb_descent, lamb_moments
+
+        group, (beta1, beta2), rates = bucket.group, bucket.group["betas"], table.ones * bucket.lr()
+        divisor = -table.ones[:1] if group["maximize"] else table.ones[:1]
+        if bucket.gradient_norm is not None:
+            norm = bucket.gradient_norm.to(divisor.device)
+            divisor = divisor * torch.where(norm == 0, 1.0, norm)
+        w, on = bucket.tensors["w"][0], group["bias_correction"]
+        c1, c2 = (_correction(bucket.steps, beta if on else 0.0, w) for beta in (beta1, beta2))
+        of_update = (c1, c2, group["eps"], group["weight_decay"])
+        of_moments = (rates, divisor, beta1, beta2, *of_update)
+        if not group["adapt"]:
+            table.launch(lamb_moments, table.partials, *of_moments, ADAPT=False)
+            return
+        w2, u2 = yield table.squares(lamb_moments, 2, *of_moments, ADAPT=True)
+        table.launch(lamb_descent, rates * lamb_ratio(w2, u2, clamp=group["clamp_weight_norm"]), *of_update)
 
     def _flat(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
         held = self._scratch.get((name, dtype))

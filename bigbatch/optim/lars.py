@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from .layerwise import Bucket, Group, LayerwiseOptimizer, Params, Update, descend, require
+from .layerwise import Bucket, Group, Kernel, LayerwiseOptimizer, Params, Update, descend, require
 from .trust import joint_square, lars_ratio, square, squares
+
+if TYPE_CHECKING:
+    from .triton import Table
 
 
 class LARS(LayerwiseOptimizer):
@@ -55,7 +58,7 @@ class LARS(LayerwiseOptimizer):
         clip_ratio: bool = False,
         adapt: bool = True,
         maximize: bool = False,
-        kernel: Literal["auto", "fused", "foreach"] = "auto",
+        kernel: Kernel = "auto",
         low_precision: Literal["master", "stochastic"] = "master",
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
@@ -110,6 +113,19 @@ class LARS(LayerwiseOptimizer):
             if group["nesterov"]:
                 torch._foreach_add_(d, v, alpha=group["momentum"])
         descend(w, d if group["nesterov"] or not v else v, outer, scratch=d)
+
+    def _triton(self, bucket: Bucket, table: Table) -> Update:
+        from .triton import lars_squares, lars_step
+
+        group, lr, sign = bucket.group, bucket.lr(), -1 if bucket.group["maximize"] else 1
+        beta, joint = sign * group["weight_decay"], group["denominator"] == "joint"
+        inner, outer, ratio = *_placed(group, lr), _ratio(group, lr)
+        ratios = table.ones
+        if group["adapt"]:
+            whole = yield table.squares(lars_squares, 2 + joint, beta, JOINT=joint)
+            ratios = ratio(*(*whole, None)[:3])
+        switches = {"MOMENTUM": group["momentum"] > 0, "NESTEROV": group["nesterov"]}
+        table.launch(lars_step, ratios * inner * sign, table.ones * outer, group["momentum"], beta, **switches)
 
 
 def _placed(group: Group, lr: Any) -> tuple[Any, Any]:

@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, overload
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -17,8 +19,12 @@ from .rounding import round_stochastically
 from .shards import Extents, Groups, Span, checked, local, span_of, sum_over_groups, sum_over_layers
 from .trust import Tensors, squares
 
+if TYPE_CHECKING:
+    from .triton import Table
+
 Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
+Kernel = Literal["auto", "fused", "foreach", "triton"]
 Copy = tuple[int, Tensor, Tensor, bool]  # place in the optimiser, parameter, what was updated for it, stochastically?
 # Yields squares of N tensors, shape (k, N), and is sent those of the whole layers that the tensors are pieces of.
 Update = Generator[Tensor, Tensor, None]
@@ -29,13 +35,14 @@ class Bucket:
     """What is updated together: N dense tensors of one group, device and dtype, float32 or float64.
 
     A tensor is a parameter, this process's shard of one, or a segment of a flat partition; ``layers`` are their
-    numbers among the layers of ``groups``. ``tensors`` are lists of N by name: w, g, each moment, and but on the
-    fused path a scratch, all of one layout, tensor by tensor.
+    numbers among the layers of ``groups``. ``tensors`` are lists of N by name: w, g, each moment, and on the foreach
+    path a scratch, all of one layout, tensor by tensor.
     """
 
     group: Group
     groups: Groups
-    fused: bool
+    kernel: Kernel
+    key: object
     tensors: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     steps: list[Tensor] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
@@ -52,8 +59,10 @@ class LayerwiseOptimizer(Optimizer):
 
     kernel: "fused" goes through torch's fused CPU kernels tensor by tensor, "foreach" updates all tensors at once;
     "auto" is fused for whole tensors of the CPU. Neither allocates more than a chunk (``trust.CHUNK``) after the first
-    step. float32 and float64 parameters are updated in their own precision. bfloat16 and float16 ones have float32
-    momenta and, with low_precision "master", a float32 copy of the weights in the state, made in their first step;
+    step. "triton", for CUDA, updates all tensors in one launch, or three where ratios are wanted, and has no scratch.
+
+    float32 and float64 parameters are updated in their own precision. bfloat16 and float16 ones have float32 momenta
+    and, with low_precision "master", a float32 copy of the weights in the state, made in their first step;
     "stochastic" rounds the new weights at random to one of their neighbours (arXiv:2010.06192) and keeps no copy.
 
     DTensors, as :func:`fully_shard` makes them, and flat partitions (:meth:`set_segments`) are layers in pieces: the
@@ -67,6 +76,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._scratch: dict[object, Tensor] = {}
+        self._tables: dict[object, Table] = {}
         self._segments: dict[Tensor, Span] = {}
         super().__init__(params, defaults)
 
@@ -126,7 +136,7 @@ class LayerwiseOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_segments", {})
-        self._scratch = {}
+        self._scratch, self._tables = {}, {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -137,7 +147,8 @@ class LayerwiseOptimizer(Optimizer):
             raise ValueError(f"lr = tensor of shape {tuple(lr.shape)}: give a float or a 0-dim tensor")
         for option in ("lr", "weight_decay", "eps"):
             require(bool(group[option] >= 0), option, group, "give a number >= 0")
-        require(group["kernel"] in ("auto", "fused", "foreach"), "kernel", group, "choose auto, fused or foreach")
+        legal = group["kernel"] in ("auto", "fused", "foreach", "triton")
+        require(legal, "kernel", group, "choose auto, fused, foreach or triton")
         legal = group["low_precision"] in ("master", "stochastic")
         require(legal, "low_precision", group, "choose master or stochastic")
         for index, p in enumerate(group["params"]):
@@ -145,15 +156,22 @@ class LayerwiseOptimizer(Optimizer):
                 raise ValueError(
                     f"{_name(group, index)}.dtype = {p.dtype}: only real floating-point weights can be trained"
                 )
-            self._is_fused(group, index)
+            self._kernel(group, index)
 
-    def _is_fused(self, group: Group, index: int) -> bool:
+    def _kernel(self, group: Group, index: int) -> Kernel:
         p = group["params"][index]
         where = "in pieces on several processes" if self._span(p).groups else f"on {p.device.type}"
-        possible = where == "on cpu"
+        asked: Kernel = group["kernel"]
         way_out = f"is for whole tensors of the CPU, and {_name(group, index)} is {where}; choose auto"
-        require(possible or group["kernel"] != "fused", "kernel", group, way_out)
-        return possible and group["kernel"] != "foreach"
+        require(where == "on cpu" or asked != "fused", "kernel", group, way_out)
+        if asked == "triton":
+            require(find_spec("triton") is not None, "kernel", group, "install the package triton, or choose auto")
+            from .triton import DEVICE
+
+            way_out = "is for CUDA or, slowly, with TRITON_INTERPRET=1 in the environment for the CPU alone, and "
+            way_out += f"{_name(group, index)} is on {p.device.type}; choose auto"
+            require(p.device.type == DEVICE, "kernel", group, way_out)
+        return asked if asked != "auto" else "fused" if where == "on cpu" else "foreach"
 
     def _span(self, p: Tensor) -> Span:
         return self._segments.get(p) or span_of(p)
@@ -167,9 +185,11 @@ class LayerwiseOptimizer(Optimizer):
                 bucket.gradient_norm = norm if bucket.group["prenormalize"] else None
         updates: dict[Groups, list[tuple[Update, Tensor, list[int]]]] = {groups: [] for groups in extents}
         for bucket in buckets:
-            if bucket.fused:
+            if bucket.kernel == "fused":
                 self._fused(bucket)
-            elif (asked := next(update := self._foreach(bucket), None)) is not None:
+                continue
+            update = self._triton(bucket, self._table(bucket)) if bucket.kernel == "triton" else self._foreach(bucket)
+            if (asked := next(update, None)) is not None:
                 updates[bucket.groups].append((update, asked, bucket.layers))
         for groups, waiting in updates.items():
             answers = sum_over_layers([(asked, layers) for _, asked, layers in waiting], groups, extents[groups])
@@ -189,6 +209,22 @@ class LayerwiseOptimizer(Optimizer):
     def _foreach(self, bucket: Bucket) -> Update:
         """Update a bucket, all tensors at once."""
         raise NotImplementedError
+
+    def _triton(self, bucket: Bucket, table: Table) -> Update:
+        """Update a bucket, all tensors in each launch."""
+        raise NotImplementedError
+
+    def _table(self, bucket: Bucket) -> Table:
+        """The bucket's tensors as the kernels see them."""
+        from .triton import Table
+
+        for w in bucket.tensors["w"]:
+            increment_version(w)  # autograd does not see what a kernel writes
+        ways = [bucket.tensors[name] for name in ("w", "g", *self._moments(bucket.group))]
+        held = self._tables.get(bucket.key)
+        if held is None or held.key != Table.made_of(ways):
+            held = self._tables[bucket.key] = Table(ways)
+        return held
 
     def _moments(self, group: Group) -> tuple[str, ...]:
         """The names of the state tensors that are shaped like the parameter and start at 0."""
@@ -214,7 +250,7 @@ class LayerwiseOptimizer(Optimizer):
                 steps.append(self._step_count(p, group))
             key = (id(group), w.device, w.dtype, span.groups)
             if key not in buckets:
-                buckets[key] = Bucket(group, span.groups, self._is_fused(group, index))
+                buckets[key] = Bucket(group, span.groups, self._kernel(group, index), key)
             self._fill(buckets[key], p, w, span, first)
         if steps:
             torch._foreach_add_(steps, 1)
@@ -224,7 +260,7 @@ class LayerwiseOptimizer(Optimizer):
         """Add a parameter, updated through w, to a bucket, cut into its segments; ``first`` numbers its first layer."""
         whole = [("w", w), ("g", self._gradient(p, w))]
         whole += [(name, self._state(p, name, w)) for name in self._moments(bucket.group)]
-        if not bucket.fused:
+        if bucket.kernel == "foreach":
             whole.append(("scratch", self._lasting("scratch", p, w)))
         for layer, start, stop in ((0, 0, None),) if span.cuts is None else span.cuts:
             for name, tensor in whole:

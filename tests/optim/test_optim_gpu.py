@@ -12,6 +12,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+kernels = pytest.mark.parametrize("kernel", ["foreach", "triton"])
 VARIANTS = [
     (LARS, {"weight_decay": 0.05, "nesterov": True}),
     (LARS, {"weight_decay": 0.05, "lr_placement": "outside", "clip_ratio": True, "denominator": "joint"}),
@@ -20,21 +21,24 @@ VARIANTS = [
 ]
 
 
+@kernels
 @pytest.mark.parametrize("kind, options", VARIANTS)
-def test_equals_the_cpu(kind, options):
+def test_equals_the_cpu(kind, options, kernel):
     weights, gradients = problem(20)
     cpu, gpu = parameters(weights), parameters([w.cuda() for w in weights])
     train(kind(cpu, 1.0, **options), cpu, gradients, rates(20, 0.1))
-    train(kind(gpu, 1.0, **options), gpu, [[g.cuda() for g in x] for x in gradients], rates(20, 0.1))
+    train(kind(gpu, 1.0, kernel=kernel, **options), gpu, [[g.cuda() for g in x] for x in gradients], rates(20, 0.1))
     assert_equal([p.cpu() for p in gpu], cpu, 1e-11)
 
 
+@kernels
 @pytest.mark.parametrize("kind, options", VARIANTS[:3])
-def test_replays_in_a_cuda_graph(kind, options):
+def test_replays_in_a_cuda_graph(kind, options, kernel):
     weights, gradients = problem(6)
     eager, graphed = (parameters([w.cuda() for w in weights]) for _ in range(2))
-    train(kind(eager, 0.1, **options), eager, [[g.cuda() for g in x] for x in gradients], [0.1] * 6)
-    optimizer = kind(graphed, torch.tensor(0.1, device="cuda", dtype=torch.float64), **options)
+    train(kind(eager, 0.1, kernel=kernel, **options), eager, [[g.cuda() for g in x] for x in gradients], [0.1] * 6)
+    lr = torch.tensor(0.1, device="cuda", dtype=torch.float64)
+    optimizer = kind(graphed, lr, kernel=kernel, **options)
     for p in graphed:
         p.grad = torch.zeros_like(p)
 

@@ -79,7 +79,11 @@ def parts_of(recipe: dict[str, Any]) -> Parts:
     AcceleratorState._reset_state(reset_partial_state=True)  # one run after the other in one process
     config = RunConfig.model_validate(recipe)
     plan = resolve(config, world_size=dist.get_world_size(), dataset_size=1085)
-    return assemble(config, plan, Runtime(parallel=config.parallel, precision=config.precision))
+    parts = assemble(config, plan, Runtime(parallel=config.parallel, precision=config.precision))
+    for module in parts.model.modules():
+        if hasattr(module, "relu"):
+            module.relu = nn.Softplus(beta=5)  # a kink would make another run of what is rounding
+    return parts
 
 
 @dataclasses.dataclass

@@ -166,6 +166,15 @@ def test_squares_of_float32_keep_their_digits(monkeypatch):
     torch.testing.assert_close(g2, 9 * w2, rtol=1e-6, atol=0)
 
 
+def test_sums_over_more_chunks_than_are_added_at_a_time():
+    ways = [moved([torch.empty(CHUNK * chunks) for chunks in (3, 2 * kernels.WIDTH.value + 5)])]
+    table = kernels.Table(ways)
+    table.partials.normal_()
+    sums = table.partials.new_empty(2, 2)
+    kernels._sum[(2, 2)](table.rows, table.partials, sums, CHUNK=CHUNK)
+    assert_equal(sums.T, [table.partials[:3, :2].sum(0), table.partials[3:, :2].sum(0)])
+
+
 @pytest.mark.parametrize("kind", [LARS, LAMB])
 def test_low_precision_is_the_float32_run_rounded(kind):
     weights, gradients = problem(2, shapes=[(2, 9)], dtype=torch.bfloat16)

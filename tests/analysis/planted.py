@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigbatch.analysis import Trace, replay
 from bigbatch.analysis.replay import Role
 from bigbatch.config import RunConfig
-from bigbatch.dist import Runtime
+from bigbatch.dist.strategy import Replicas
 from bigbatch.norm import BatchStats
 from bigbatch.plan import Plan
 from bigbatch.tasks import ClassificationTask
@@ -66,38 +66,38 @@ def statistics_per_micro_batch(rank: int, *rest: Any) -> Trace:
 
 def skipped_sync(rank: int, *rest: Any) -> Trace:
     """The last micro batch's backward pass does not exchange gradients either."""
-    exchange = Runtime.exchange
+    exchange = Replicas.exchange
 
-    def never(runtime: Runtime, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
-        return exchange(runtime, model, when=False) if runtime.world_size > 1 else nullcontext()
+    def never(strategy: Replicas, *, when: bool) -> AbstractContextManager[Any]:
+        return exchange(strategy, when=False)
 
-    with patch.object(Runtime, "exchange", never):
+    with patch.object(Replicas, "exchange", never):
         return replay(rank, *rest)
 
 
 def skipped_sync_in_the_third_step(rank: int, *rest: Any) -> Trace:
-    """As above, once."""
-    exchange, calls = Runtime.exchange, 0
+    """As above, once; before the steps there is a trial."""
+    exchange, calls = Replicas.exchange, 0
 
-    def once(runtime: Runtime, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+    def once(strategy: Replicas, *, when: bool) -> AbstractContextManager[Any]:
         nonlocal calls
         calls += 1
-        return exchange(runtime, model, when=when and (runtime.world_size == 1 or calls != 3))
+        return exchange(strategy, when=when and (strategy.divides_by == 1 or calls != 4))
 
-    with patch.object(Runtime, "exchange", once):
+    with patch.object(Replicas, "exchange", once):
         return replay(rank, *rest)
 
 
 def sync_of_the_first(rank: int, *rest: Any) -> Trace:
     """Gradients are exchanged with the first micro batch instead of the last; later ones stay with their process."""
-    exchange, first = Runtime.exchange, True
+    exchange, first = Replicas.exchange, True
 
-    def early(runtime: Runtime, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
+    def early(strategy: Replicas, *, when: bool) -> AbstractContextManager[Any]:
         nonlocal first
         now, first = first, when
-        return exchange(runtime, model, when=now)
+        return exchange(strategy, when=now)
 
-    with patch.object(Runtime, "exchange", early):
+    with patch.object(Replicas, "exchange", early):
         return replay(rank, *rest)
 
 

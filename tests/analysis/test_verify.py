@@ -64,7 +64,7 @@ def test_the_same_run_in_every_layout(span: int) -> None:
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp2"])
 def test_the_same_run_whatever_a_process_holds(strategy: str) -> None:
-    verdict = judge("1x1,2x2,4x1", parallel={"strategy": strategy})
+    verdict = judge(steps=3, parallel={"strategy": strategy})
     assert verdict.same and not verdict.notes, verdict.text("")
     assert max(finding.difference for finding in verdict.findings) < 1e-12
 
@@ -101,8 +101,8 @@ def test_without_batch_norm_the_micro_batch_is_no_matter() -> None:
             "statistics_per_micro_batch", "1x1,1x2", "running statistics",
             {"sample ids", "inputs", "loss", "gradient norm", "parameters", "ranks"},
         ),
-        ("skipped_sync", "1x1,2x1", "gradient norm", {"sample ids", "inputs", "learning rate"}),
-        ("sync_of_the_first", "1x1,2x4", "gradient norm", {"sample ids", "inputs", "learning rate"}),
+        ("skipped_sync", "1x1,2x1", "loss", {"sample ids", "inputs", "learning rate"}),
+        ("sync_of_the_first", "1x1,2x4", "loss", {"sample ids", "inputs", "learning rate"}),
         ("no_zero_weight", "1x1,4x1", "loss", {"sample ids", "inputs", "learning rate", "ranks"}),
     ],
 )  # fmt: skip

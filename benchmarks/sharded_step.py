@@ -38,7 +38,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lars": {"lr": 1.0, "trust_coefficient": 0.02},
     "lamb": {"lr": 0.01},
 }
-COLLECTIVES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+STRATEGIES: tuple[dict[str, Any], ...] = (
+    {"strategy": "ddp"},
+    {"strategy": "ddp", "compression": "bf16"},
+    {"strategy": "zero1"},
+    {"strategy": "fsdp2"},
+    {"strategy": "fsdp2", "compression": "bf16"},
+    {"strategy": "deepspeed", "zero_stage": 1},
+    {"strategy": "deepspeed", "zero_stage": 2},
+)
+SIZES = {"c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "long int": 8}
 
 
 def measure(rank: int, recipe: dict[str, Any], accumulation: int) -> tuple[Counter[str], Counter[str], int, int]:
@@ -53,24 +62,24 @@ def measure(rank: int, recipe: dict[str, Any], accumulation: int) -> tuple[Count
         train_step(parts, samples=step * config.batch.global_, want_loss=False)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         train_step(parts, samples=2 * config.batch.global_, want_loss=False)
-    calls, sent = Counter[str](), Counter[str]()
-    name = ""
-    for event in profiler.events():
-        if event.name.startswith("c10d::"):
-            name = COLLECTIVES[event.name.removeprefix("c10d::")]
+    calls, sent, name = Counter[str](), Counter[tuple[str, int]](), ""
+    for event in profiler.profiler.kineto_results.events():
+        if event.name().startswith("c10d::"):
+            name = event.name().removeprefix("c10d::").strip("_").replace("_base", "")
             calls[name] += 1
-            sent[name] += max(_bytes(shape) for shape in event.input_shapes)
-        elif event.name.startswith("gloo:") and name == "all-reduce":
-            sent[name] += max(_bytes(shape) for shape in event.input_shapes)
-            name = ""
+        # What a list holds is seen only inside.
+        elif not event.name().startswith("gloo:") or sent[name, calls[name]]:
+            continue
+        sent[name, calls[name]] = max(map(_bytes, event.shapes(), event.dtypes()))
+    bytes_ = Counter[str]()
+    for (name, _), number in sent.items():
+        bytes_[name] += number
     state = [t for state in parts.strategy.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    return calls, sent, _held(parts.model.parameters()), _held(state)
+    return calls, bytes_, _held(parts.model.parameters()), _held(state)
 
 
-def _bytes(shape: list[int]) -> int:
-    # Norms and loss are float64, all else float32; the former are a few numbers.
-    numbers = math.prod(shape) if shape else 0
-    return numbers * (8 if numbers <= 2 else 4)
+def _bytes(shape: list[int], dtype: str) -> int:
+    return math.prod(shape) * SIZES[dtype] if dtype in SIZES else 0
 
 
 def _held(tensors: Any) -> int:
@@ -85,15 +94,16 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler greets on standard error
     recipe = RECIPE | {"optim": {"name": args.optim, **OPTIMIZERS[args.optim]}}
     print(f"{args.optim}, {args.accumulation} micro batches a step, torch {torch.__version__}, gloo")
-    print(f"{'strategy':<9}{'processes':>9}{'parameters':>12}{'state, most':>12}  collectives a step (calls, bytes)")
+    print(f"{'strategy':<15}{'processes':>9}{'parameters':>12}{'state, most':>12}  collectives a step (calls, bytes)")
     for world in (1, 2, 4):
-        for strategy in ("ddp", "zero1", "fsdp2"):
-            job = (recipe | {"parallel": {"strategy": strategy}}, args.accumulation)
+        for parallel in STRATEGIES:
+            job = (recipe | {"parallel": parallel}, args.accumulation)
             ranks = run_processes(world, measure, *job, timeout=120, limit=120)
             calls, sent, parameters, _ = ranks[0]
             state = max(held for *_, held in ranks)
             told = ", ".join(f"{name} {calls[name]} ({sent[name]:,})" for name in sorted(calls)) or "none"
-            print(f"{strategy:<9}{world:>9}{parameters:>12,}{state:>12,}  {told}", flush=True)
+            title = " ".join(str(value) for value in parallel.values()).replace("deepspeed", "ZeRO")
+            print(f"{title:<15}{world:>9}{parameters:>12,}{state:>12,}  {told}", flush=True)
 
 
 if __name__ == "__main__":

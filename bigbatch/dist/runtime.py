@@ -97,6 +97,8 @@ class Runtime:
 
     def _replicate(self, model: nn.Module) -> nn.Module:
         """The model under DistributedDataParallel, or as it is on one process."""
+        if self.world_size == 1:
+            return model.to(self.device)
         with warnings.catch_warnings():
             # torch renames `broadcast_buffers`; the old name is the one that all supported releases know.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -93,16 +94,18 @@ def sum_over_layers(pieces: Sequence[tuple[Tensor, list[int]]], groups: Groups, 
     """
     if not groups or not extent.layers:
         return [squares for squares, _ in pieces]
-    cells = [torch.zeros((), dtype=extent.dtype, device=extent.device)] * (ROWS * extent.layers)
-    for squares, layers in pieces:
-        for row, values in enumerate(squares.to(extent.dtype)):
-            for cell, value in zip((row * extent.layers + layer for layer in layers), values.unbind(), strict=True):
-                cells[cell] = cells[cell] + value
-    whole = _all_reduce(torch.stack(cells), groups).view(ROWS, extent.layers)
-    return [
-        torch.stack([row[layer] for row in whole[: len(squares)] for layer in layers]).view(squares.shape)
-        for squares, layers in pieces
-    ]
+    whole = torch.zeros(ROWS, extent.layers, dtype=extent.dtype, device=extent.device)
+    places = [_places(tuple(layers), extent.device) for _, layers in pieces]
+    for (squares, _), place in zip(pieces, places, strict=True):
+        whole[: len(squares)].index_add_(1, place, squares.to(extent.dtype))
+    _all_reduce(whole, groups)
+    return [whole[: len(squares), place] for (squares, _), place in zip(pieces, places, strict=True)]
+
+
+@lru_cache(maxsize=128)
+def _places(layers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same in every step, so that nothing has to reach a GPU."""
+    return torch.tensor(layers, dtype=torch.int64, device=device)
 
 
 def sum_over_groups(parts: Sequence[tuple[Groups, Tensor]], extents: Extents) -> Tensor:

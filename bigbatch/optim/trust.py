@@ -19,6 +19,8 @@ CHUNK = 1 << 18
 
 def flat(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor in the order of memory: a view of shape (n,)."""
+    if tensor.ndim == 1:
+        return tensor
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
@@ -35,7 +37,10 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def square(tensor: Tensor) -> float:
     """‖·‖² of a dense CPU tensor of float32 or float64."""
-    return sum(torch.dot(x, x).item() for (x,) in chunks(tensor))
+    x = flat(tensor)
+    if x.numel() <= CHUNK:
+        return torch.dot(x, x).item()
+    return sum(torch.dot(part, part).item() for (part,) in chunks(x))
 
 
 def joint_square(g: Tensor, w: Tensor, weight_decay: float) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from .layerwise import Bucket, Group, Kernel, LayerwiseOptimizer, Params, Update, descend, require
-from .trust import CHUNK, Tensors, chunks, flat, lamb_ratio, square, squares
+from .trust import CHUNK, Tensors, flat, lamb_ratio, square, squares
 
 if TYPE_CHECKING:
     from .triton import Table
@@ -72,23 +73,31 @@ class LAMB(LayerwiseOptimizer):
         group, lr = bucket.group, float(bucket.group["lr"])
         ws, gs, ms, vs = (bucket.tensors[name] for name in ("w", "g", "exp_avg", "exp_avg_sq"))
         steps = bucket.steps if group["bias_correction"] else [torch.tensor(math.inf)] * len(ws)
-        divisor = 1.0 if bucket.gradient_norm is None else bucket.gradient_norm.item() or 1.0
+        clamp, divisor = group["clamp_weight_norm"], 1.0
+        if bucket.gradient_norm is not None:
+            divisor = bucket.gradient_norm.item() or 1.0
         if not group["adapt"] and divisor == 1.0:
             _adamw(ws, gs, ms, vs, steps, lr, group["weight_decay"], group)
             return
-        update = self._flat("update", ws[0].dtype, max(w.numel() for w in ws))
-        scaled = self._flat("scaled", ws[0].dtype, CHUNK)
-        for w, g, m, v, step in zip(ws, gs, ms, vs, steps, strict=True):
-            u, w2, u2 = update[: w.numel()], 0.0, 0.0
-            for w_, g_, m_, v_, u_ in chunks(w, g, m, v, u):
+        for batch in _batches(ws):
+            w, g, m, v = ([flat(tensors[i]) for i in batch] for tensors in (ws, gs, ms, vs))
+            u = self._flat("update", w)
+            w2, u2 = [0.0] * len(w), [0.0] * len(w)
+            for w_, g_, m_, v_, u_ in _pieces(w, g, m, v, u):
                 if divisor != 1.0:
-                    g_ = torch.div(g_, divisor, out=scaled[: len(g_)])
+                    scaled = self._flat("scaled", g_)
+                    torch._foreach_copy_(scaled, g_)
+                    torch._foreach_div_(scaled, divisor)
+                    g_ = scaled
                 # On a copy of w, at the rate −1 and the decay λ − 1, the kernel leaves (1 + λ − 1)w + r, which is u.
-                _adamw([u_.copy_(w_)], [g_], [m_], [v_], [step], -1.0, group["weight_decay"] - 1, group)
-                w2 += square(w_)
-                u2 += square(u_)
-            ratio = lamb_ratio(w2, u2, clamp=group["clamp_weight_norm"]) if group["adapt"] else 1.0
-            flat(w).add_(u, alpha=-lr * ratio)
+                torch._foreach_copy_(u_, w_)
+                _adamw(u_, g_, m_, v_, [steps[i] for i in batch], -1.0, group["weight_decay"] - 1, group)
+                for i, (x, y) in enumerate(zip(w_, u_, strict=True)):
+                    w2[i] += square(x)
+                    u2[i] += square(y)
+            ratios = [lamb_ratio(*norms, clamp=clamp) if group["adapt"] else 1.0 for norms in zip(w2, u2, strict=True)]
+            for x, y, ratio in zip(w, u, ratios, strict=True):
+                x.add_(y, alpha=-lr * ratio)
 
     def _foreach(self, bucket: Bucket) -> Update:
         group, (beta1, beta2) = bucket.group, bucket.group["betas"]
@@ -135,11 +144,34 @@ class LAMB(LayerwiseOptimizer):
         w2, u2 = yield table.squares(lamb_moments, 2, *of_moments, ADAPT=True)
         table.launch(lamb_descent, rates * lamb_ratio(w2, u2, clamp=group["clamp_weight_norm"]), *of_update)
 
-    def _flat(self, name: str, dtype: torch.dtype, numel: int) -> Tensor:
+    def _flat(self, name: str, like: Tensors) -> list[Tensor]:
+        """Tensors of the sizes of these, one after the other in memory that lasts."""
+        sizes, dtype = [t.numel() for t in like], like[0].dtype
         held = self._scratch.get((name, dtype))
-        if held is None or len(held) < numel:
-            held = self._scratch[name, dtype] = torch.empty(numel, dtype=dtype)
-        return held
+        if held is None or len(held) < sum(sizes):
+            held = self._scratch[name, dtype] = torch.empty(sum(sizes), dtype=dtype)
+        return list(held[: sum(sizes)].split_with_sizes(sizes))
+
+
+def _batches(tensors: Tensors) -> list[list[int]]:
+    """The tensors' places, in runs that are a chunk at most together, or of one larger tensor: a call costs as much as
+    many elements."""
+    batches: list[list[int]] = []
+    room = 0
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() > room:
+            batches.append([])
+            room = CHUNK
+        batches[-1].append(i)
+        room -= tensor.numel()
+    return batches
+
+
+def _pieces(*ways: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
+    """A batch as it is, or the chunks of its only tensor."""
+    if len(ways[0]) > 1:
+        return [ways]
+    return zip(*([[part] for part in torch.split(way[0], CHUNK)] for way in ways), strict=True)
 
 
 def _adamw(

@@ -29,7 +29,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], *, kind: Kind, max: float
     waits for the device. Where ‖g‖ is not finite, norm and adaptive leave the gradients as they are.
     Raises ValueError for a ``max`` that is missing, or given to kind none.
     """
-    return clip_held([(p.detach(), p.grad) for p in parameters if p.grad is not None], kind=kind, max=max)
+    return clip_held([(p, p.grad) for p in parameters if p.grad is not None], kind=kind, max=max)
 
 
 def clip_held(
@@ -48,7 +48,11 @@ def clip_held(
         way_out = "give a number above 0" if max is None else "remove it or choose another clip.kind"
         raise ValueError(f"clip.max = {max}: with clip.kind {kind}; {way_out}")
     gradients = [gradient for _, gradient in held]
-    units = [(_unit_norms(weight), _unit_norms(gradient)) for weight, gradient in held] if kind == "adaptive" else []
+    units = (
+        [(_unit_norms(weight.detach()), _unit_norms(gradient)) for weight, gradient in held]
+        if kind == "adaptive"
+        else []
+    )
     groups: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for place, gradient in enumerate(gradients):
         groups[gradient.device, gradient.dtype].append(place)
@@ -80,7 +84,8 @@ def _global_norm(groups: list[list[Tensor]]) -> Tensor:
         return torch.zeros(())
     norms = [torch.stack(torch._foreach_norm(g, 2, torch.promote_types(g[0].dtype, torch.float32))) for g in groups]
     dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(torch.cat([n.to(norms[0].device, dtype) for n in norms]))
+    every = norms[0] if len(norms) == 1 else torch.cat([n.to(norms[0].device, dtype) for n in norms])
+    norm: Tensor = torch.linalg.vector_norm(every)
     return norm
 
 

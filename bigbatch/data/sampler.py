@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -73,8 +74,8 @@ class Stream:
         if isinstance(positions, range):
             epoch, first = divmod(positions.start, self.epoch_samples)
             if positions.step == 1 and first + len(positions) <= self.epoch_samples:
-                index = self._visited(np.arange(first, first + len(positions), dtype=np.int64), epoch)
-                return index, np.full_like(index, epoch)
+                index = self._visited(slice(first, first + len(positions)), epoch)
+                return index, np.full(len(index), epoch, dtype=np.int64)
             positions = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.epoch_samples)
         index = np.empty_like(epochs)
@@ -83,13 +84,15 @@ class Stream:
             index[here] = self._visited(offsets[here], epoch)
         return index, epochs
 
-    def _visited(self, offsets: Indices, epoch: int) -> Indices:
+    def _visited(self, offsets: Indices | slice, epoch: int) -> Indices:
         """What an epoch visits at ``offsets``."""
+        if self.window == self.size <= MOST_SORTED:
+            return self._order(epoch)[offsets]
+        if isinstance(offsets, slice):
+            offsets = np.arange(offsets.start, offsets.stop, dtype=np.int64)
         if self.window < self.size:
             return self._windowed(offsets, epoch)
-        if self.size > MOST_SORTED:
-            return permute(offsets, self.size, fold(self.seed, epoch))
-        return self._order(epoch)[offsets]
+        return permute(offsets, self.size, fold(self.seed, epoch))
 
     def _windowed(self, offsets: Indices, epoch: int) -> Indices:
         whole, rest = divmod(self.size, self.window)
@@ -112,6 +115,7 @@ class Stream:
         return self._orders[epoch]
 
 
+@lru_cache(maxsize=64)
 def shares(samples: int, *, micro: int, world_size: int, accumulation: int, span: int | None) -> list[list[range]]:
     """How a window of ``samples`` is cut: ``[micro_step][rank]`` is a range of positions within the window.
 

@@ -108,8 +108,8 @@ class Zero0(Strategy):
         self._engine.set_gradient_accumulation_boundary(when)
         return nullcontext()
 
-    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
-        self._engine.backward(loss)
+    def backward(self, loss: Tensor, factor: float = 1.0, totals: Tensor | None = None) -> None:
+        self._engine.backward(loss * factor)
 
 
 class Zero12(Zero0):
@@ -144,8 +144,8 @@ class Zero12(Zero0):
         if whole["state"]:  # as Adagrad's is from its construction
             self.load(model.state_dict(), whole)
 
-    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
-        super().backward(loss)
+    def backward(self, loss: Tensor, factor: float = 1.0, totals: Tensor | None = None) -> None:
+        super().backward(loss, factor)
         if self._engine.is_gradient_accumulation_boundary():
             averaged = self._zero.averaged_gradients
             for number, partition in enumerate(self._partitions):

@@ -56,13 +56,13 @@ class Strategy(ABC):
                 f"probes = {len(probes)}: only DistributedDataParallel shows them gradients; use ddp or zero1"
             )
 
-    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
-        """Add the gradient of ``loss``, 0-dim.
+    def backward(self, loss: Tensor, factor: float = 1.0, totals: Tensor | None = None) -> None:
+        """Add the gradient of ``factor`` times ``loss``, 0-dim.
 
         Where the strategy ``carries`` and gradients are exchanged, ``totals``, of shape (2,), become their sums over
         all processes, rounded to the parameters' dtype.
         """
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss, torch.full_like(loss, factor))
 
     def zero_grad(self) -> None:
         """Forget all gradients: a step begins, or is skipped."""
@@ -71,7 +71,7 @@ class Strategy(ABC):
 
     def held(self) -> list[tuple[Tensor, Tensor]]:
         """This process's part of each weight and of its exchanged gradient, which may be changed in place."""
-        return [(p.detach(), p.grad) for p in self._parameters if p.grad is not None]
+        return [(p, p.grad) for p in self._parameters if p.grad is not None]
 
     def step(self) -> None:
         """Step the optimiser along the exchanged gradients."""
@@ -121,15 +121,15 @@ class Replicas(Strategy):
             exchange_with(self.wrapped, self._parallel, probes)
             self.carries = False
 
-    def backward(self, loss: Tensor, totals: Tensor | None = None) -> None:
+    def backward(self, loss: Tensor, factor: float = 1.0, totals: Tensor | None = None) -> None:
         if not getattr(self.wrapped, "require_backward_grad_sync", False):
-            loss.backward()  # type: ignore[no-untyped-call]
+            super().backward(loss, factor)
             return
         # What is compressed would no longer be a sum, and probes are to see nothing but gradients.
         sums = self._carrier.sums
         sums.grad = None
         cargo = totals.to(sums.dtype) if self.carries and totals is not None else torch.zeros_like(sums)
-        torch.autograd.backward((loss, sums), (torch.ones_like(loss), cargo))
+        torch.autograd.backward((loss, sums), (torch.full_like(loss, factor), cargo))
         if self.carries and totals is not None and sums.grad is not None:
             totals.copy_(sums.grad).mul_(self.divides_by)
 

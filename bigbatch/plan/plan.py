@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from bigbatch.schedules import BatchSchedule, LrSchedule
@@ -86,6 +88,11 @@ class Plan:
     def is_due(self, every: int, *, before: int, after: int) -> bool:
         """Whether a step from ``before`` to ``after`` samples crosses a multiple of ``every`` or ends the run."""
         return after // every > before // every or after >= self.samples
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """The plan as an indented JSON object; the keys are a contract."""

@@ -42,7 +42,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
             totals += torch.stack([loss.detach(), weight])
             if last and send:
                 arrive = runtime.start_sum(totals)
-            strategy.backward(loss * factor, totals)
+            strategy.backward(loss, factor, totals)
     if send:
         arrive()
 

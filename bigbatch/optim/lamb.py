@@ -159,7 +159,7 @@ def _batches(tensors: Tensors) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
     for i, tensor in enumerate(tensors):
-        if tensor.numel() > room:
+        if not batches or tensor.numel() > room:
             batches.append([])
             room = CHUNK
         batches[-1].append(i)

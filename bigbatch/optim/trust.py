@@ -12,7 +12,7 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 Number = TypeVar("Number", float, Tensor)
 
 # Elements. Few enough for a chunk to stay in a shared cache between kernels and for a float32 dot product to keep its
-# digits (on random numbers its error is 3e-6 here and grows to 2e-4 at 2²⁴; torch's vector_norm on the CPU: 2e-3), and
+# digits (on random numbers its error is up to 7e-6 here and 2e-4 at 2²⁴; torch's vector_norm on the CPU: 2e-3), and
 # enough to make little of what a call and the threads' meeting cost.
 CHUNK = 1 << 20
 

@@ -51,7 +51,9 @@ def parameters(weights: Sequence[Tensor]) -> list[torch.nn.Parameter]:
 
 
 def twin_of(t: Tensor) -> Tensor:
-    """A copy with the very strides of ``t``; clone() would close its gaps."""
+    """A copy with the very strides of ``t``; clone() would close its gaps. A DTensor, which has none, is cloned."""
+    if hasattr(t, "to_local"):
+        return t.detach().clone()
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t.detach())
 
 

@@ -173,12 +173,12 @@ def test_scale_of_the_gradient_does_not_matter_without_decay(c, seed, placement,
 def test_squares_keep_their_digits_over_many_elements_in_any_order_of_memory(dtype):
     """One float32 dot product over all these elements is off by 1e-4."""
     t = torch.rand(3, 43, 2**16, generator=torch.Generator().manual_seed(0), dtype=dtype)[:, :, : 2**16 - 3].clone()
-    assert t.numel() > 16 * CHUNK
+    assert t.numel() > 8 * CHUNK
     expected = t.double().square().sum().item()
     for view in (t, t.transpose(0, 2), t.transpose(1, 2)):
-        assert square(view) == pytest.approx(expected, rel=2e-6 if dtype == torch.float32 else 1e-13)
+        assert square(view) == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-13)
     found = squares([t, torch.ones(0, 2, dtype=dtype), torch.tensor(-3.0, dtype=dtype)])
-    torch.testing.assert_close(found, torch.tensor([expected, 0, 9], dtype=torch.float64), rtol=2e-6, atol=0)
+    torch.testing.assert_close(found, torch.tensor([expected, 0, 9], dtype=torch.float64), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

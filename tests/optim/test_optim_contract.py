@@ -288,7 +288,7 @@ class _Fresh(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_large_is_allocated_after_the_first_step(kind, options, kernel, dtype):
     """One parameter needs its gradient laid out anew, one its weights. What is allocated is a chunk at most."""
-    shapes = [((2, CHUNK), "plain"), ((600, 1000), "transposed"), ((600, 1000), "strided")]
+    shapes = [((2, CHUNK), "plain"), ((1100, 1000), "transposed"), ((1100, 1000), "strided")]
     params = parameters(list(_layouts(shapes, torch.Generator().manual_seed(0), dtype)))
     optimizer = kind(params, 0.1, kernel=kernel, **options)
     for p in params:

@@ -59,7 +59,8 @@ class LayerwiseOptimizer(Optimizer):
 
     kernel: "fused" goes through torch's fused CPU kernels tensor by tensor, "foreach" updates all tensors at once;
     "auto" is fused for whole tensors of the CPU. Neither allocates more than a chunk (``trust.CHUNK``) after the first
-    step. "triton", for CUDA, updates all tensors in one launch, or three where ratios are wanted, and has no scratch.
+    step, but for stochastic rounding. "triton", for CUDA, updates all tensors in one launch, or three where ratios are
+    wanted, and has no scratch.
 
     float32 and float64 parameters are updated in their own precision. bfloat16 and float16 ones have float32 momenta
     and, with low_precision "master", a float32 copy of the weights in the state, made in their first step;
@@ -110,8 +111,14 @@ class LayerwiseOptimizer(Optimizer):
         gets its own trust ratio, from norms over all processes of ``group`` (None: the default group). Layers are
         numbered from 0 to ``layers`` − 1 alike on all of them; a process may hold pieces of some layers or of none, but
         all call this and :meth:`step`. Elements outside the segments are left alone. Not in the state_dict: call it
-        again when the optimiser was made, copied or given other parameters. ValueError for segments that do not fit.
+        again when the optimiser was made, copied or given other parameters. ValueError for segments that do not fit, or
+        a partition that is no parameter of this optimiser.
         """
+        if not any(partition is p for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                f"partition of shape {tuple(partition.shape)}: no parameter of this optimiser; give the very tensor "
+                "that is in its param_groups"
+            )
         self._segments[partition] = Span((group,), layers, checked(partition, segments, layers))
 
     def add_param_group(self, param_group: Group) -> None:
@@ -178,7 +185,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _update(self) -> None:
         buckets, extents, copies = self._collect()
-        if any(group.get("prenormalize") for group in self.param_groups):
+        if extents and any(group.get("prenormalize") for group in self.param_groups):
             parts = [(bucket.groups, squares(bucket.tensors["g"]).sum()) for bucket in buckets]
             norm = sum_over_groups(parts, extents).sqrt()
             for bucket in buckets:

@@ -1,4 +1,4 @@
-"""Layer norms and trust ratios: the only place where the optimisers take norms."""
+"""Layer norms and trust ratios: the only place where the optimisers take norms, but for the Triton kernels."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigbatch.optim import LAMB, LARS
+from bigbatch.optim import LAMB, LARS, trust
+from bigbatch.optim import lamb as lamb_module
 from bigbatch.optim.trust import CHUNK
 from optim.problems import assert_equal, parameters, problem, rates, train
 from reference.lamb import lamb as lamb_twin
@@ -348,3 +349,16 @@ def test_copies_and_pickles(kind, options):
     train(optimizer, params, gradients[2:], [0.1] * 2)
     train(twin, others, gradients[2:], [0.1] * 2)
     assert_equal(params, others, 0)
+
+
+@each
+def test_layers_of_many_chunks(kind, options, monkeypatch):
+    """Sums over chunks, and small layers that are stepped together, at a chunk of four elements."""
+    for module in (trust, lamb_module):
+        monkeypatch.setattr(module, "CHUNK", 4)
+    shapes = ((0,), (5, 3), (1,), (2,), (3,), (9,), (4,))
+    weights, gradients = problem(6, shapes=shapes)
+    twin = lars_twin if kind is LARS else lamb_twin
+    expected = twin(weights, gradients, rates(6, 0.1), **{k: v for k, v in options.items() if k != "capturable"})
+    params = parameters(weights)
+    assert_equal(train(kind(params, 1.0, kernel="fused", **options), params, gradients, rates(6, 0.1)), expected)

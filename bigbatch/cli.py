@@ -190,6 +190,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         "batch.micro=auto",
         f"batch.micro_limit={2**62}",
     )
+    for fixed in {text.partition("=")[0] for text in anywhere} & {text.partition("=")[0] for text in args.overrides}:
+        raise ConfigError(f"{fixed}: evaluate sets it itself, since each process holds the whole model; leave it out")
     config = load_config(run / "config.yaml", [*args.overrides, *anywhere])
     plan = make_plan(config, world_size=1)
 

@@ -165,7 +165,9 @@ def verify(
             found = _compare(traces, known, limits=[max(tolerance, CHAOS * size) for size in chaos])
     plan = jobs[first][1]
     last = plan.samples - _start_of_last(plan, plan.steps)
-    notes = _notes([plan for _, plan in jobs.values()], traces)
+    notes = dict.fromkeys(_notes([plan for _, plan in jobs.values()], traces))
+    if config.parallel.compression != "none":
+        notes["parallel.compression rounds what each process sends; set parallel.compression=none"] = None
     return Verdict(plan.steps, last, tolerance, tuple(traces), tuple(found), tuple(notes))
 
 

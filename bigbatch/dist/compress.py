@@ -16,11 +16,14 @@ from bigbatch.config.models import Parallel
 Probe = Callable[[GradBucket], None]
 
 
-def exchange_with(wrapped: nn.parallel.DistributedDataParallel, parallel: Parallel, probes: Sequence[Probe]) -> None:
+def exchange_with(
+    wrapped: nn.parallel.DistributedDataParallel, parallel: Parallel, probes: Sequence[Probe]
+) -> PowerSGDState | None:
     """From now on gradients travel as ``parallel.compression`` says, once each of ``probes`` has seen them.
 
     A probe is given each bucket of this process's own gradient, accumulated and not yet exchanged, and must leave it as
     it is. Whatever the compression, the exchange divides the sum over processes by their number. Once per model.
+    Returns what PowerSGD remembers from step to step.
     """
     state, exchange = _exchange(wrapped, parallel)
 
@@ -31,6 +34,7 @@ def exchange_with(wrapped: nn.parallel.DistributedDataParallel, parallel: Parall
 
     hook.__annotations__.clear()  # torch compares them with classes, and these are strings
     wrapped.register_comm_hook(state, hook)
+    return state if isinstance(state, PowerSGDState) else None
 
 
 def _exchange(

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from bigbatch.config.models import Parallel
 
-from .strategy import Reduce, State, Strategy, require_plain
+from .strategy import Reduce, State, Strategy, make_plain
 
 BUCKET = 25_000_000
 """Elements that are summed at a time, in a buffer of 100 MB; DeepSpeed's default takes 2 GB."""
@@ -88,10 +88,12 @@ class Zero0(Strategy):
     for a parameter that DeepSpeed does not take, and where it turns out to be other than expected.
     """
 
+    fills_gaps = True
+
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, prepare: Prepare, stage: int) -> None:
         import deepspeed
 
-        require_plain(model, strategy="deepspeed")
+        make_plain(model, strategy="deepspeed")
         super().__init__(model, optimizer)
         self._engine, _ = prepare(model, optimizer)
         self.divides_by = dist.get_world_size()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .strategy import Build, Reduce, State, Strategy, require_plain
+from .strategy import Build, Reduce, State, Strategy, make_plain
 
 # Renamed by torch 2.14, which warns of the old name.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -35,7 +35,7 @@ class FullySharded(Strategy):
     def __init__(
         self, model: nn.Module, build: Build, *, sum_parts: Reduce, device: torch.device, rounds_to: torch.dtype | None
     ) -> None:
-        require_plain(model, strategy="fsdp2")
+        make_plain(model, strategy="fsdp2")
         self.sum_parts = sum_parts
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for unit in (*units(model), model):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.optim import Optimizer
 
 from bigbatch.config.models import Parallel
@@ -29,7 +30,8 @@ class Strategy(ABC):
     ``wrapped`` is what is called in training. The exchange divides the sum of the gradients over processes by
     ``divides_by``, and where it ``carries``, it sums what `backward` is given besides. ``sum_parts`` sums a tensor in
     place over the processes that hold parts of one gradient; None where each holds gradients whole. In ``lockstep``
-    every forward pass is a collective, those of an evaluation too.
+    every forward pass is a collective, those of an evaluation too. Where it ``fills_gaps``, a parameter that no loss
+    reaches has a gradient of zeros.
     """
 
     wrapped: nn.Module
@@ -37,6 +39,7 @@ class Strategy(ABC):
     carries: bool = False
     sum_parts: Reduce | None = None
     lockstep: bool = False
+    fills_gaps: bool = False
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -64,8 +67,12 @@ class Strategy(ABC):
         """
         torch.autograd.backward(loss, torch.full_like(loss, factor))
 
+    def skip(self) -> None:
+        """Forget the gradients of a step in which they are not finite, and all that came of them."""
+        self.zero_grad()
+
     def zero_grad(self) -> None:
-        """Forget all gradients: a step begins, or is skipped."""
+        """Forget all gradients."""
         for p in self._parameters:
             p.grad = None
 
@@ -111,18 +118,25 @@ class Replicas(Strategy):
         super().__init__(model, optimizer)
         self._carrier, self._parallel = _Carrier(model), parallel
         self.wrapped = wrap(self._carrier)
-        self._exchanges = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
-        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            self.divides_by = self.wrapped.process_group.size()
+        self._ddp = self.wrapped if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) else None
+        self._memory: PowerSGDState | None = None
+        if self._ddp:
+            self.divides_by = self._ddp.process_group.size()
             self.carries = parallel.compression == "none"
 
     def start(self, probes: Sequence[Probe] = ()) -> None:
-        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and (probes or not self.carries):
-            exchange_with(self.wrapped, self._parallel, probes)
+        if self._ddp and (probes or not self.carries):
+            self._memory = exchange_with(self._ddp, self._parallel, probes)
             self.carries = False
 
+    def skip(self) -> None:
+        super().skip()
+        if self._memory:
+            for memory in (self._memory.error_dict, self._memory.p_memory_dict, self._memory.q_memory_dict):
+                memory.clear()
+
     def backward(self, loss: Tensor, factor: float = 1.0, totals: Tensor | None = None) -> None:
-        if not getattr(self.wrapped, "require_backward_grad_sync", False):
+        if not self._ddp or not self._ddp.require_backward_grad_sync:
             super().backward(loss, factor)
             return
         # What is compressed would no longer be a sum, and probes are to see nothing but gradients.
@@ -134,17 +148,17 @@ class Replicas(Strategy):
             totals.copy_(sums.grad).mul_(self.divides_by)
 
     def exchange(self, *, when: bool) -> AbstractContextManager[Any]:
-        if when or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            return nullcontext()
-        return self.wrapped.no_sync()
+        return nullcontext() if when or not self._ddp else self._ddp.no_sync()
 
 
-def require_plain(model: nn.Module, *, strategy: str) -> None:
-    """ValueError for a parameter that cannot be cut: a scalar, or one that is not contiguous."""
+def make_plain(model: nn.Module, *, strategy: str) -> None:
+    """Lay parameters out for being cut: row by row, whatever their memory format. ValueError for a scalar."""
     for name, p in model.named_parameters():
-        if p.dim() == 0 or not p.is_contiguous():
-            what = "a scalar" if p.dim() == 0 else "not contiguous (task.channels_last?)"
-            raise ValueError(f"parallel.strategy = {strategy}: {name} is {what}, which cannot be cut; use ddp or zero1")
+        if p.dim() == 0:
+            raise ValueError(
+                f"parallel.strategy = {strategy}: {name} is a scalar, which cannot be cut; use ddp or zero1"
+            )
+        p.data = p.data.contiguous()
 
 
 class _Carrier(nn.Module):

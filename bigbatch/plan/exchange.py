@@ -41,6 +41,11 @@ def check_exchange(config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.compression = powersgd: {strategy} exchanges gradients in parts; use bf16, or ddp or zero1"
         )
+    if compression == "powersgd" and config.precision == "fp16":
+        raise ConfigError(
+            "parallel.compression = powersgd: its error feedback does not follow the loss scale of precision=fp16; use "
+            "precision bf16 or fp32, or compression fp16"
+        )
     if parallel.powersgd_rank != Parallel().powersgd_rank and compression != "powersgd":
         raise ConfigError(
             f"parallel.powersgd_rank = {parallel.powersgd_rank}: belongs to parallel.compression=powersgd, and "
@@ -53,7 +58,8 @@ def check_exchange(config: RunConfig) -> None:
         )
     if strategy == "deepspeed" and config.precision == "fp64":
         raise ConfigError(
-            "precision = fp64: DeepSpeed keeps its weights in float32; use parallel.strategy ddp, zero1 or fsdp2"
+            "precision = fp64: DeepSpeed keeps its weights in float32; set precision=fp32 (verify takes fp64 unless "
+            "told), or use parallel.strategy ddp, zero1 or fsdp2"
         )
     if strategy == "deepspeed" and stage != 0 and config.clip.kind == "adaptive":
         raise ConfigError(
@@ -61,9 +67,11 @@ def check_exchange(config: RunConfig) -> None:
         )
 
 
-def describe_strategy(parallel: Parallel) -> tuple[str, str, str]:
+def describe_strategy(parallel: Parallel, *, world_size: int) -> tuple[str, str, str]:
     """Value, why and source of the strategy."""
     why, source = STRATEGIES[parallel.strategy]
+    if world_size == 1:
+        return parallel.strategy, "one process holds everything, whatever the strategy", source
     if parallel.strategy != "deepspeed":
         return parallel.strategy, str(why), source
     stage = 1 if parallel.zero_stage is None else parallel.zero_stage

@@ -49,8 +49,8 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
     span, why, source = choose_span(config.norm, micro=micro, world_size=world_size)
     decide("bn_span", span if span else "none", why, source)
 
-    decide("strategy", *describe_strategy(config.parallel))
-    if config.parallel.compression != "none":
+    decide("strategy", *describe_strategy(config.parallel, world_size=world_size))
+    if config.parallel.compression != "none" and world_size > 1:
         decide("compression", *describe_compression(config.parallel))
     clip = config.clip
     if clip.kind != "none":

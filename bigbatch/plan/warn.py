@@ -81,7 +81,7 @@ def _warnings(config: RunConfig, plan: Plan) -> Iterator[tuple[str, str]]:
                 f"set norm.span={plan.micro_batch} to fix it (no effect on a model without batch norm)"
             ),
         )
-    if config.parallel.compression != "none":
+    if config.parallel.compression != "none" and plan.world_size > 1:
         memory = "; a resumed run forgets its error feedback" if config.parallel.compression == "powersgd" else ""
         yield (
             "compressed_exchange",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch.config import RunConfig
@@ -108,12 +110,16 @@ def _try(
             stats.discard()
             if draws_freely(passes, runtime.device):
                 warn("random_by_layout", "the model draws random numbers that task.dropout = keyed does not reach")
-    except ValueError:
+        if runtime.world_size > 1:
+            # The second pass is where DistributedDataParallel tells of parameters that the first did not reach.
+            _check_reached(strategy, passes)
+    except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        under = f" under parallel.strategy = {config.parallel.strategy}" if runtime.world_size > 1 else ""
         raise ValueError(
             f"task.model = {config.task.model!r} with task.options = {config.task.options!r}: a training step on two "
-            f"samples fails ({error}); change the model or its options"
+            f"samples{under} fails ({error}); change the model or its options"
         ) from error
     stats.discard()
     moved = frozenset(name for name, buffer in model.named_buffers() if not buffer.equal(before[name]))
@@ -122,6 +128,25 @@ def _try(
     if moved:
         warn("buffers_by_layout", f"{min(moved)} follows each process's own samples, and the first one's is saved")
     return dropout, moved, tuple(warnings)
+
+
+def _check_reached(strategy: Strategy, passes: Callable[[], None]) -> None:
+    """Run the passes once more; ValueError for a parameter that they do not reach and that would still be stepped."""
+    reached: set[str] = set()
+    names = [name for name, p in strategy.model.named_parameters() if p.requires_grad] if strategy.fills_gaps else []
+    parameters = [strategy.model.get_parameter(name) for name in names]
+    hooks = [
+        p.register_hook(lambda _, name=name: reached.add(name))  # type: ignore[no-untyped-call]
+        for name, p in zip(names, parameters, strict=True)
+    ]
+    passes()
+    for hook in hooks:
+        hook.remove()
+    if missing := [name for name in names if name not in reached]:
+        raise ValueError(
+            f"parallel.strategy = deepspeed: the loss does not reach {missing[0]}, which DeepSpeed would still step; "
+            "freeze it, or use ddp, zero1 or fsdp2"
+        )
 
 
 def _check_size(data: Dataset, plan: Plan) -> None:

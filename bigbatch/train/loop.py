@@ -188,6 +188,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     del tree["batch"]["micro"], tree["batch"]["micro_limit"]
     for where in ("path", "download"):
         tree["data"].pop(where, None)
+    # Rounded gradients are another run; how they lie over the processes is not.
+    tree["parallel"] = {"compression": config.parallel.compression}
     return json.loads(json.dumps(tree))  # type: ignore[no-any-return]
 
 

@@ -25,7 +25,8 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     plan, runtime, task, strategy = parts.plan, parts.runtime, parts.task, parts.strategy
     size, lr = plan.window(samples), plan.lr(samples)
     pieces, window = my_pieces(parts, samples), shift(range(size), samples)
-    scale = parts.scale.value if parts.scale else 1.0
+    # Gradients are as large on their way whether the exchange divides them or not.
+    scale = parts.scale.value * plan.world_size / strategy.divides_by if parts.scale else 1.0
     factor = strategy.divides_by * scale / size
     send = (want_loss or not task.weight_is_count) and not strategy.carries
     strategy.zero_grad()
@@ -61,7 +62,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
         strategy.step()
         parts.stats.commit(size)
     else:
-        strategy.zero_grad()
+        strategy.skip()
         parts.stats.discard()
     if parts.scale:
         parts.scale.update(finite=finite)

@@ -122,6 +122,48 @@ def test_compressed_gradients(two: Ranks, compression: dict[str, Any], away: flo
     assert payload < (0.6 if compression["compression"] == "powersgd" else 0.501) * whole
 
 
+def spoilt(rank: int) -> list[bool]:
+    """Which of seven steps were skipped, where rank 1 sees infinite images in the fourth."""
+    parts = parts_of(2, parallel={"compression": "powersgd"})
+    train, skipped = parts.loader.train, []
+    for i in range(7):
+        if i == 3 and rank == 1:
+            parts.loader.train = lambda *args, **kwargs: {
+                name: tensor * float("inf") if name == "image" else tensor
+                for name, tensor in train(*args, **kwargs).items()
+            }
+        skipped.append(train_step(parts, samples=96 * i, want_loss=True).skipped)
+        parts.loader.train = train
+    return skipped
+
+
+def test_powersgd_forgets_what_is_not_finite(two: Ranks) -> None:
+    assert two(spoilt) == [[False] * 3 + [True] + [False] * 3] * 2
+
+
+def scaled(rank: int, strategy: str) -> float:
+    """The gradient norm of a step after the exchange, before its loss scale is divided out."""
+    parts, seen = parts_of(2, parallel={"strategy": strategy}, precision="fp16"), []
+    held = parts.strategy.held
+
+    def look() -> Any:
+        seen.append(sum(float(g.double().square().sum()) for _, g in held()))
+        return held()
+
+    parts.strategy.held = look
+    train_step(parts, samples=0, want_loss=False)
+    square = torch.tensor(seen[0])
+    if parts.strategy.sum_parts:
+        parts.strategy.sum_parts(square)
+    return float(square.sqrt())
+
+
+def test_gradients_are_as_large_on_their_way_under_every_strategy(two: Ranks) -> None:
+    """DistributedDataParallel's sum is divided by the processes; a pure one would start from a smaller loss."""
+    (ddp, _), (fsdp2, _) = two(scaled, "ddp"), two(scaled, "fsdp2")
+    assert fsdp2 == pytest.approx(2 * ddp, rel=0.02)
+
+
 def probed(rank: int, compression: str) -> tuple[float, float, Tensor]:
     """This process's gradient norm as a probe and as autograd has it, and the weights after the step."""
     parts, squares = parts_of(2), []

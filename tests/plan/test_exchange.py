@@ -64,6 +64,7 @@ def test_the_plan_names_the_compression_and_warns_of_it(parallel: dict[str, Any]
             r"optim\.prenormalize = True: .*ddp or fsdp2",
         ),
         ({"parallel": {"powersgd_rank": 2}}, r"powersgd_rank = 2: .*remove it"),
+        ({"parallel": {"compression": "powersgd"}, "precision": "fp16"}, r"compression = powersgd: .*loss scale"),
         ({"parallel": {"strategy": "deepspeed"}, "precision": "fp64"}, "precision = fp64: .*zero1 or fsdp2"),
         (
             {"parallel": {"strategy": "deepspeed"}, "clip": {"kind": "adaptive", "max": 0.01}},
@@ -74,3 +75,11 @@ def test_the_plan_names_the_compression_and_warns_of_it(parallel: dict[str, Any]
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         planned(**sections)
+
+
+def test_one_process_exchanges_nothing_and_is_not_told_otherwise() -> None:
+    config = RunConfig.model_validate(merge(BASE, {"parallel": {"strategy": "fsdp2", "compression": "bf16"}}))
+    plan = resolve(config, world_size=1, dataset_size=1085)
+    chosen = {decision.what: decision.why for decision in plan.decisions}
+    assert "one process holds everything" in chosen["strategy"] and "compression" not in chosen
+    assert "compressed_exchange" not in {warning.code for warning in plan.warnings}

@@ -123,6 +123,15 @@ def test_evaluate_of_what_is_no_run(path: str, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_evaluate_takes_nothing_that_it_sets_itself(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), f"run.dir={run}", "run.stop_after=1st"]) == 0
+    assert main(["evaluate", str(run), "parallel.strategy=fsdp2"]) == 2
+    assert "parallel.strategy: evaluate sets it itself" in capsys.readouterr().err
+
+
 def test_evaluate_another_model(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(["train", str(recipe), f"run.dir={run}", "tracking.console=none", "run.stop_after=1st"]) == 0

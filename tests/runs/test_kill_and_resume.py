@@ -106,6 +106,16 @@ def test_stop_and_go_on_is_the_same_run(recipe: Path, tmp_path: Path, precision:
     assert [untimed(e) for e in events(parts, "step")] == [untimed(e) for e in events(whole, "step")]
 
 
+def test_compression_belongs_to_the_run_and_the_strategy_does_not(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(recipe, run, "duration=1ep", "run.stop_after=2st") == 0
+    assert train(recipe, run, "duration=1ep", "parallel.compression=bf16") == 2
+    assert "parallel.compression" in capsys.readouterr().err
+    assert train(recipe, run, "duration=1ep", "parallel.strategy=zero1") == 0
+
+
 def test_a_complete_run_is_left_alone(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(recipe, run, "duration=1ep") == 0

@@ -1,6 +1,6 @@
 """Steps per second of bigbatch beside a loop by hand, Accelerate and Lightning: the figures in benchmarks/README.md.
 
-    pip install lightning
+    pip install 'bigbatch[bench,dev]'
     OMP_NUM_THREADS=1 python benchmarks/training_loop.py [cnn mlp] [--only NAME ...]
 
 All train the same model from the same weights on the same data in the same batches' sizes, on two gloo processes of one

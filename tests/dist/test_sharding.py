@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from bigbatch.dist.fsdp2 import units
-from bigbatch.dist.zero1 import Zero1, owners
+from bigbatch.dist.zero1 import Zero1, _lay_out, owners, row_lengths
 from dist.models import Block, Odd, accumulate, chain, odd, prepared
 from ranks import Ranks
 
@@ -83,6 +84,61 @@ def test_no_process_holds_a_tenth_more_than_its_share(name: str, world: int) -> 
     assert max(loads) <= max(1.1 * sum(sizes) / world, max(sizes))
 
 
+@given(filled=st.lists(st.integers(0, 1000), min_size=1, max_size=40))
+def test_rows_hold_what_fills_them_and_are_padded_by_a_quarter_at_most(filled: list[int]) -> None:
+    found = row_lengths(filled)
+    assert all(map(int.__ge__, found, filled)) and 4 * sum(found) <= 5 * sum(filled)
+    assert found == filled or len(set(found)) == 1
+    if 4 * max(filled) * len(filled) <= 5 * sum(filled):
+        assert len(set(found)) == 1, "one all-gather would do"
+
+
+@pytest.mark.parametrize(("world", "even"), [(8, True), (64, False), (256, False)])
+def test_buffers_do_not_grow_with_the_processes(world: int, even: bool) -> None:
+    with torch.device("meta"):
+        params = [*timm.create_model("resnet50").parameters()]
+    owner = dict(zip(params, owners([p.nbytes for p in params], world), strict=True))
+    total = sum(p.nbytes for p in params)
+    [(buffer, rows)] = _lay_out(owner, world)
+    assert total <= buffer.nbytes <= (1.25 if even else 1) * total + 64 * len(params)
+    assert len(rows) == world and (len({len(row) for row in rows}) == 1) == even
+    for p, rank in owner.items():
+        start, end = rows[rank].storage_offset(), rows[rank].storage_offset() + len(rows[rank])
+        assert start <= p.storage_offset() <= end - p.numel() and p.storage_offset() % 16 == 0
+
+
+def layers(rank: int, strategy: str, widths: list[int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Three steps of layers of these widths; the parameters, and the collectives of the last update."""
+    torch.manual_seed(2)
+    sizes = zip([4, *widths], [*widths, 2], strict=True)
+    model = nn.Sequential(*(nn.Linear(*size, bias=False) for size in sizes)).double()
+    made = prepared(model, {"name": "adamw"}, strategy=strategy)
+    for number in range(3):
+        made.zero_grad()
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(6 * number + rank), dtype=torch.float64)
+        made.backward(made.wrapped(x).square().sum())
+        with profile() as profiler:
+            made.step()
+    names = [event.name.removeprefix("c10d::") for event in profiler.events() if "c10d" in event.name]
+    return dict(made.model.state_dict()), {name: names.count(name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("widths", "sent"),
+    [([24, 24, 8], {"broadcast_": 3}), ([24, 24, 24, 24], {"_allgather_base_": 1}), ([90], {"broadcast_": 2})],
+)
+def test_unequal_layers_are_broadcast_and_equal_ones_gathered(
+    three: Ranks, widths: list[int], sent: dict[str, int]
+) -> None:
+    """The same steps on three processes; one without a layer has nothing to send."""
+    wanted, _ = three(layers, "ddp", widths)[0]
+    found = three(layers, "zero1", widths)
+    torch.testing.assert_close(found[0][0], wanted, rtol=1e-12, atol=1e-12)
+    for parameters, calls in found:
+        torch.testing.assert_close(parameters, found[0][0], rtol=0, atol=0)
+        assert calls == sent
+
+
 class Mixed(nn.Module):
     """Weights of two dtypes, one of them channels last, one a scalar."""
 
@@ -106,7 +162,7 @@ def mixed(rank: int, strategy: str) -> tuple[dict[str, Tensor], list[bool]]:
         made.backward(made.wrapped(x).square().sum())
         made.step()
     if isinstance(made, Zero1):
-        memory = [(b.data_ptr(), b.data_ptr() + b.nbytes) for b in made._buffers]
+        memory = [(b.data_ptr(), b.data_ptr() + b.nbytes) for b, _ in made._buffers]
         assert all(any(low <= p.data_ptr() < high for low, high in memory) for p in made.model.parameters())
         assert len(memory) == 2 and all(p.data_ptr() % 64 == memory[0][0] % 64 for p in made.model.parameters())
     return dict(made.model.state_dict()), [p.stride() for p in made.model.parameters()] == strides

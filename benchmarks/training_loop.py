@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from bigbatch.config import RunConfig
+from bigbatch.config import Duration, RunConfig
 from bigbatch.data import load_data, size_of
 from bigbatch.dist import Runtime, run_processes
 from bigbatch.plan import resolve
@@ -258,8 +258,9 @@ def lightning_reporting(problem: Problem, rank: int, out: str, pace: Pace) -> No
     lightning(problem, rank, out, pace, report=True)
 
 
-def bigbatch(problem: Problem, rank: int, out: str, pace: Pace) -> None:
+def bigbatch(problem: Problem, rank: int, out: str, pace: Pace, *, every: str = "1st") -> None:
     config = problem.config(out)
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"every": Duration.parse(every)})})
     plan = resolve(config, world_size=WORLD, dataset_size=size_of(config.data))
     with Runtime() as runtime:
         parts = assemble(config, plan, runtime)
@@ -273,10 +274,15 @@ def bigbatch(problem: Problem, rank: int, out: str, pace: Pace) -> None:
         train(parts)
 
 
+def bigbatch_quiet(problem: Problem, rank: int, out: str, pace: Pace) -> None:
+    bigbatch(problem, rank, out, pace, every="100%")
+
+
 CONTENDERS: dict[str, Callable[[Problem, int, str, Pace], None]] = {
     "by hand": by_hand,
     "by hand, reporting": by_hand_reporting,
     "bigbatch": bigbatch,
+    "bigbatch, no reports": bigbatch_quiet,
     "Accelerate": accelerate,
     "Lightning": lightning,
     "Lightning, CSV log": lightning_reporting,

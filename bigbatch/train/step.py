@@ -28,7 +28,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     # Gradients are as large on their way whether the exchange divides them or not.
     scale = parts.scale.value * plan.world_size / strategy.divides_by if parts.scale else 1.0
     factor = strategy.divides_by * scale / size
-    send = (want_loss or not task.weight_is_count) and not strategy.carries
+    wanted = want_loss or not task.weight_is_count
     strategy.zero_grad()
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for number, piece in enumerate(pieces):
@@ -40,11 +40,12 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
                 loss, weight = task.loss(strategy.wrapped, batch)
             if not piece:
                 loss, weight = loss * 0, weight * 0
-            totals += torch.stack([loss.detach(), weight])
-            if last and send:
+            if wanted:
+                totals += torch.stack([loss.detach(), weight])
+            if wanted and last and not strategy.carries:
                 arrive = runtime.start_sum(totals)
-            strategy.backward(loss, factor, totals)
-    if send:
+            strategy.backward(loss, factor, totals if wanted else None)
+    if wanted and not strategy.carries:
         arrive()
 
     # So far the gradient is scaled, and divided by the samples where it should be by their weight.

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from bigbatch.optim import LAMB, LARS
+from bigbatch.optim import LAMB, LARS, rounding
 from bigbatch.optim.rounding import round_stochastically
 from optim.problems import parameters, problem, rates, shard_like, train
 from ranks import run_ranks
@@ -110,6 +110,17 @@ def test_draws_belong_to_the_parameter_the_step_and_the_element():
     round_stochastically(torch.tensor(1 + 2.0**-9), scalar := torch.empty((), dtype=torch.bfloat16), place=0,
                          step=torch.tensor(1.0))  # fmt: skip
     assert scalar == draw[0, 1][0, 0]
+
+
+def test_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
+    x = torch.full((5, 3, 2), 1 + 2.0**-9)
+    found = []
+    for elements in (1 << 20, 12, 1):
+        monkeypatch.setattr(rounding, "_ROWS_OF", elements)
+        found.append(torch.empty(5, 3, 2, dtype=torch.bfloat16))
+        round_stochastically(x, found[-1], place=0, step=torch.tensor(1.0))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert len({tuple(row.flatten().tolist()) for row in found[0]}) > 1
 
 
 @each

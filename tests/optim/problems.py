@@ -70,3 +70,9 @@ def shard_like(p, whole: Tensor) -> Tensor:
 def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-12) -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=tolerance, atol=tolerance)
+
+
+def assert_near(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-6) -> None:
+    """‖a − b‖ ≤ tolerance · ‖b‖ over all pairs together: a scalar of its own may come to lie next to 0."""
+    a, b = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (ours, theirs))
+    assert float((a - b).norm()) <= tolerance * float(b.norm())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigbatch.optim import LAMB
-from optim.problems import assert_equal, parameters, problem, rates, train
+from optim.problems import assert_equal, assert_near, parameters, problem, rates, train
 from reference.lamb import lamb as twin
 
 STEPS = 50
@@ -24,6 +24,20 @@ def test_both_paths_equal_the_textbook_loop(clamp, weight_decay, flags):
         params = parameters(weights)
         ours = train(LAMB(params, 1.0, kernel=kernel, **options), params, gradients, rates(STEPS, 0.05))
         assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize("flags", [dict(zip(FLAGS, f, strict=True)) for f in product((False, True), repeat=4)], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("clamp", [None, 1.5])
+def test_a_hundred_steps_in_float32(clamp, weight_decay, flags):
+    weights, gradients = problem(100, dtype=torch.float32)
+    options = {"clamp_weight_norm": clamp, "weight_decay": weight_decay, **flags}
+    wide = [[g.double() for g in row] for row in gradients]
+    expected = twin([w.double() for w in weights], wide, rates(100, 0.05), **options)
+    for kernel in ("fused", "foreach"):
+        params = parameters(weights)
+        ours = train(LAMB(params, 1.0, kernel=kernel, **options), params, gradients, rates(100, 0.05))
+        assert_near(ours, expected)
 
 
 @pytest.mark.parametrize("kernel", ["fused", "foreach"])

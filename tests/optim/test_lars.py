@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bigbatch.optim import LARS
 from bigbatch.optim.trust import CHUNK, square, squares
-from optim.problems import assert_equal, parameters, problem, rates, train
+from optim.problems import assert_equal, assert_near, parameters, problem, rates, train
 from reference.lars import lars as twin
 
 STEPS = 50
@@ -43,6 +43,18 @@ def test_both_paths_equal_the_textbook_loop(options, momenta):
     for kernel in ("fused", "foreach"):
         params = parameters(weights)
         assert_equal(train(LARS(params, 1.0, kernel=kernel, **options), params, gradients, lrs), expected)
+
+
+@pytest.mark.parametrize("momenta", MOMENTA, ids=str)
+@pytest.mark.parametrize("options", [*RATIOS, *({"weight_decay": 0.05} | other for other in OTHERS)], ids=str)
+def test_a_hundred_steps_in_float32(options, momenta):
+    weights, gradients = problem(100, dtype=torch.float32)
+    options = {"trust_coefficient": 0.02, **options, **momenta}
+    lrs = rates(100, 0.04 if options.get("clip_ratio") else 0.5)
+    expected = twin([w.double() for w in weights], [[g.double() for g in row] for row in gradients], lrs, **options)
+    for kernel in ("fused", "foreach"):
+        params = parameters(weights)
+        assert_near(train(LARS(params, 1.0, kernel=kernel, **options), params, gradients, lrs), expected)
 
 
 @pytest.mark.parametrize("kernel", ["fused", "foreach"])

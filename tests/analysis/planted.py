@@ -76,13 +76,13 @@ def skipped_sync(rank: int, *rest: Any) -> Trace:
 
 
 def skipped_sync_in_the_third_step(rank: int, *rest: Any) -> Trace:
-    """As above, once; before the steps there is a trial."""
+    """As above, once; before the steps the model is tried twice."""
     exchange, calls = Replicas.exchange, 0
 
     def once(strategy: Replicas, *, when: bool) -> AbstractContextManager[Any]:
         nonlocal calls
         calls += 1
-        return exchange(strategy, when=when and (strategy.divides_by == 1 or calls != 4))
+        return exchange(strategy, when=when and (strategy.divides_by == 1 or calls != 5))
 
     with patch.object(Replicas, "exchange", once):
         return replay(rank, *rest)

@@ -162,3 +162,12 @@ def test_two_devices_without_waiting(kind: str) -> None:
         clip_gradients(resident, kind=kind, max=0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_the_norm_of_many_elements_keeps_its_digits(format: torch.memory_format) -> None:
+    """One float32 norm over all of them, as torch's on the CPU, is off by more."""
+    p = nn.Parameter(torch.zeros(64, 64, 32, 32))
+    p.grad = torch.rand(p.shape, generator=torch.Generator().manual_seed(0)).to(memory_format=format)
+    exact = float(p.grad.double().norm())
+    assert abs(float(clip_gradients([p], kind="none", max=None)) / exact - 1) < 1e-5

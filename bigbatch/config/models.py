@@ -25,6 +25,10 @@ class Run(Section):
     dir: str = Field("runs/default", min_length=1, description="Directory the run owns; the same directory resumes it.")
     stop_after: Duration | None = Field(None, description="Save and stop here; the same run goes on without this key.")
     nonfinite_limit: Positive = Field(20, description="Consecutive steps with a non-finite gradient before giving up.")
+    grace: PositiveFloat = Field(
+        60.0, description="Seconds from SIGTERM or SIGUSR1 within which the run saves and ends."
+    )
+    lease: PositiveFloat = Field(30.0, description="Seconds without a sign of its owner before the directory is free.")
 
 
 class Batch(Section):
@@ -301,6 +305,7 @@ class Eval(Section):
 class Checkpoint(Section):
     every: Duration = Duration.parse("1ep")
     keep: Positive = Field(2, description="Newest checkpoints kept, besides the best.")
+    write: Literal["background", "foreground"] = Field("background", description="While training goes on, or before.")
     best: str = Field("accuracy", description="Validation metric whose best checkpoint is kept too.")
     best_is: Literal["max", "min"] = "max"
 
@@ -332,6 +337,10 @@ class Parallel(Section):
     powersgd_rank: Positive = Field(4, description="Rank of the factors of compression powersgd.")
     expect_world_size: Positive | None = None
     timeout: PositiveFloat = Field(1800.0, le=1e7, description="Seconds a collective may take.")
+    heartbeat: PositiveFloat = Field(5.0, description="Seconds between two signs of life of a process.")
+    straggler: Annotated[float, Field(gt=1)] = Field(
+        2.0, description="Name a process whose own part of a step takes so many times the median."
+    )
     check_every: Duration | None = Field(
         Duration.parse("1ep"),
         description="Compare all processes' parameters, plan and clock so often, and at each checkpoint; null: never.",

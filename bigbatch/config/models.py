@@ -26,7 +26,7 @@ class Run(Section):
     stop_after: Duration | None = Field(None, description="Save and stop here; the same run goes on without this key.")
     nonfinite_limit: Positive = Field(20, description="Consecutive steps with a non-finite gradient before giving up.")
     grace: PositiveFloat = Field(
-        60.0, description="Seconds from SIGTERM or SIGUSR1 within which the run saves and ends."
+        60.0, description="Seconds from SIGTERM or SIGUSR1 to a saved, ended run."
     )
     lease: PositiveFloat = Field(30.0, description="Seconds without a sign of its owner before the directory is free.")
 

@@ -249,10 +249,13 @@ def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
 
     try:
         runtime = Runtime(precision=config.precision, parallel=config.parallel, debug=config.debug)
-        parts = assemble(config, plan, runtime)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     with runtime:
+        try:
+            parts = assemble(config, plan, runtime)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         yield parts
 
 

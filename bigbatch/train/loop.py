@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bigbatch.config import ConfigError, RunConfig, dump_config
 from bigbatch.measure import Throughput
@@ -17,8 +18,11 @@ from bigbatch.tracking import Trackers, build_trackers
 from .checkpoint import Checkpoints, Saved
 from .evaluate import evaluate
 from .guard import check_ranks
+from .lease import Lease
 from .state import Clock, Parts, RunError, StepReport
 from .step import train_step
+
+T = TypeVar("T")
 
 SUMMARY = "summary.json"
 FREE_ON_RESUME = ("run", "eval", "checkpoint", "tracking", "parallel", "debug")
@@ -28,14 +32,22 @@ FREE_ON_RESUME = ("run", "eval", "checkpoint", "tracking", "parallel", "debug")
 def train(parts: Parts) -> dict[str, Any]:
     """Run to the end of the plan and return the summary, which is also written to ``run.dir/summary.json``.
 
-    Goes on from the newest whole checkpoint in ``run.dir``. A run that ``run.stop_after`` ends early has neither
-    metrics nor a summary file yet. Raises RunError where the run cannot go on and ConfigError where the directory
-    holds another run.
+    Owns ``run.dir`` meanwhile, after waiting for a former owner to end, and goes on from the newest whole checkpoint
+    there. A run that ``run.stop_after`` ends early has neither metrics nor a summary file yet. Raises RunError where
+    the run cannot go on and ConfigError where the directory holds another run.
     """
+    lease = Lease(Path(parts.config.run.dir), seconds=parts.config.run.lease)
+    try:
+        return _train(parts, lease)
+    finally:
+        lease.release()
+
+
+def _train(parts: Parts, lease: Lease) -> dict[str, Any]:
     run = Path(parts.config.run.dir)
     settings = parts.config.checkpoint
     checkpoints = Checkpoints(run / "checkpoints", keep=settings.keep, best=settings.best, best_is=settings.best_is)
-    saved, damage = _find(parts, checkpoints)
+    saved, damage = _find(parts, checkpoints, lease)
     clock = _restore(parts, saved) if saved else Clock()
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
@@ -44,6 +56,7 @@ def train(parts: Parts) -> dict[str, Any]:
         return json.loads((run / SUMMARY).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     seconds = float(saved.state["seconds"]) if saved else 0.0
     if parts.runtime.rank == 0:
+        lease.begin(clock.step)
         _write_inputs(parts, run)
         if saved:
             checkpoints.set_aside(saved)
@@ -59,8 +72,8 @@ def train(parts: Parts) -> dict[str, Any]:
     _announce(trackers, clock, saved, damage, parts)
     meter = Throughput(seconds=seconds)
     try:
-        validation = _steps(parts, clock, trackers, checkpoints, meter)
-        summary = _finish(parts, clock, trackers, meter, validation)
+        validation = _steps(parts, clock, trackers, checkpoints, meter, lease)
+        summary = _finish(parts, clock, trackers, meter, validation, lease)
     except BaseException:
         trackers.finish("failed")
         raise
@@ -69,10 +82,11 @@ def train(parts: Parts) -> dict[str, Any]:
 
 
 def _steps(
-    parts: Parts, clock: Clock, trackers: Trackers, checkpoints: Checkpoints, meter: Throughput
+    parts: Parts, clock: Clock, trackers: Trackers, checkpoints: Checkpoints, meter: Throughput, lease: Lease
 ) -> dict[str, float] | None:
     """Take every step of the plan; the metrics of the last step's evaluation, or None where no step was left."""
-    plan, metrics = parts.plan, None
+    plan, progress, warnings, metrics = parts.plan, parts.runtime.progress, parts.runtime.heartbeat.warnings, None
+    progress.step = clock.step
     meter.resume()
     while clock.samples < plan.stop_samples:
         before, after = clock.samples, clock.samples + plan.window(clock.samples)
@@ -82,9 +96,15 @@ def _steps(
 
         report = train_step(parts, samples=before, want_loss=due(plan.track_every))
         clock.samples, clock.step = after, clock.step + 1
+        progress.step = clock.step
+        progress.enter("log")
         meter.add(report.global_batch)
         if due(plan.track_every):
             trackers.log(_step_event(parts, clock, report, meter.read()))
+        while warnings:
+            trackers.log({"event": "warning", "code": "straggler", **_where(clock), "message": warnings.popleft()})
+        if lease.lost:
+            lease.check()
         _guard(parts, clock, report)
         meter.pause()
         if plan.check_every and due(plan.check_every):
@@ -95,7 +115,7 @@ def _steps(
             metrics = evaluate(parts, "validation")
             trackers.log({"event": "eval", "split": "validation", **_where(clock), **metrics})
         if due(plan.checkpoint_every) or after >= plan.stop_samples:
-            _save(parts, clock, checkpoints, metrics=metrics, seconds=meter.seconds)
+            _save(parts, clock, checkpoints, lease, metrics=metrics, seconds=meter.seconds)
         meter.resume()
     meter.pause()
     return metrics
@@ -140,7 +160,13 @@ def _where(clock: Clock) -> dict[str, int]:
 
 
 def _save(
-    parts: Parts, clock: Clock, checkpoints: Checkpoints, *, metrics: dict[str, float] | None, seconds: float
+    parts: Parts,
+    clock: Clock,
+    checkpoints: Checkpoints,
+    lease: Lease,
+    *,
+    metrics: dict[str, float] | None,
+    seconds: float,
 ) -> None:
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     if parts.plan.check_every:
@@ -152,22 +178,36 @@ def _save(
         **asdict(clock),
         "seconds": seconds,
         "metrics": metrics,
+        "owner": lease.owner,
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
+    parts.runtime.progress.enter("save")
+    lease.check()
     checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state)
 
 
-def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequence[str]]:
-    """Rank 0 looks and all use what it found, so that no two processes go on from different steps."""
+def _find(parts: Parts, checkpoints: Checkpoints, lease: Lease) -> tuple[Saved | None, Sequence[str]]:
+    """Rank 0 looks and all use what it found, so that no two processes go on from different steps.
+
+    It does so as the owner of the directory, which may take longer to become than a collective may take.
+    """
+    timeout, seconds = parts.config.parallel.timeout, parts.config.run.lease
+    while not _on_rank_0(parts, partial(lease.acquire, patience=timeout / 4, limit=max(timeout, 2 * seconds))):
+        continue
+    return _on_rank_0(parts, checkpoints.newest)
+
+
+def _on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
+    """What the function returns or raises on rank 0, on every process."""
     found: Any = None
     if parts.runtime.rank == 0:
         try:
-            found = checkpoints.newest()
+            found = function()
         except RunError as error:
             found = error
         except (OSError, ValueError) as error:
-            found = ConfigError(f"run.dir = {parts.config.run.dir!r}: no directory can have this name ({error})")
+            found = ConfigError(f"run.dir = {parts.config.run.dir!r}: cannot be used ({error}); give another directory")
     found = parts.runtime.agree(found)
     if isinstance(found, Exception):
         raise found
@@ -237,7 +277,12 @@ def _announce(trackers: Trackers, clock: Clock, saved: Saved | None, damage: Seq
 
 
 def _finish(
-    parts: Parts, clock: Clock, trackers: Trackers, meter: Throughput, validation: dict[str, float] | None
+    parts: Parts,
+    clock: Clock,
+    trackers: Trackers,
+    meter: Throughput,
+    validation: dict[str, float] | None,
+    lease: Lease,
 ) -> dict[str, Any]:
     """The summary. The test part is read here, once, at the end of the plan, and nothing is chosen by it."""
     summary: dict[str, Any] = {
@@ -259,6 +304,7 @@ def _finish(
     summary["parameters_sha256"] = parameters_sha256(parts)
     # Written last: a run that has a summary is complete.
     if parts.runtime.rank == 0:
+        lease.check()
         (Path(parts.config.run.dir) / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return summary
 

@@ -23,6 +23,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     gradient that is not finite changes nothing but the clock.
     """
     plan, runtime, task, strategy = parts.plan, parts.runtime, parts.task, parts.strategy
+    progress = runtime.progress
     size, lr = plan.window(samples), plan.lr(samples)
     pieces, window = my_pieces(parts, samples), shift(range(size), samples)
     # Gradients are as large on their way whether the exchange divides them or not.
@@ -33,7 +34,9 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
+        progress.enter("data")
         batch = parts.loader.train(shift(piece, samples), window=window)
+        progress.enter("forward")
         parts.stats.empty(not piece)
         with strategy.exchange(when=last):
             with runtime.autocast(), dropout(parts, shift(piece, samples), window):
@@ -42,6 +45,8 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
                 loss, weight = loss * 0, weight * 0
             if wanted:
                 totals += torch.stack([loss.detach(), weight])
+            if last:
+                progress.enter("exchange")
             if wanted and last and not strategy.carries:
                 arrive = runtime.start_sum(totals)
             strategy.backward(loss, factor, totals if wanted else None)
@@ -56,6 +61,7 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
         torch._foreach_mul_([gradient for _, gradient in held], share / scale)
     clip = parts.config.clip
     norm = float(clip_held(held, kind=clip.kind, max=clip.max, sum_parts=strategy.sum_parts))
+    progress.enter("update")
     finite = norm < float("inf")
     if finite:
         for group in strategy.optimizer.param_groups:

@@ -112,11 +112,11 @@ class Heartbeat:
     In normal times a beat is one small write to the store of the process group, over a connection of its own. A
     process that has stood still for half of ``parallel.timeout`` reads what all have written and names on standard
     error those who hold the others up, before the collective gives up. Rank 0 also compares how long everybody works
-    in a step: ``warnings`` holds what the loop has still to log. A process whose launcher has died ends at once.
+    in a step. A process whose launcher has died ends within seconds.
     """
 
     def __init__(self, progress: Progress, *, rank: int, world_size: int, parallel: Parallel) -> None:
-        self.warnings: deque[str] = deque()
+        self._warnings: deque[str] = deque()
         self._progress, self._rank, self._world_size = progress, rank, world_size
         self._timeout, self._straggler = parallel.timeout, parallel.straggler
         self._period = min(parallel.heartbeat, parallel.timeout / 20)
@@ -134,6 +134,11 @@ class Heartbeat:
             self._beat()  # from now on all know where this process runs
             self._ends.append(repeat(self._beat, seconds=self._period, name="heartbeat"))
             self._ends.append(repeat(self._watch, seconds=self._period, name="standstill"))
+
+    def warnings(self) -> Iterator[str]:
+        """What has not yet been read of what there is to say to the user, on rank 0."""
+        while self._warnings:
+            yield self._warnings.popleft()
 
     def stop(self) -> None:
         while self._ends:
@@ -181,7 +186,7 @@ class Heartbeat:
         for rank, seconds in own.items():
             self._slow[rank] = self._slow[rank] + 1 if seconds > self._straggler * median else 0
             if self._slow[rank] == SLOW:
-                self.warnings.append(
+                self._warnings.append(
                     f"rank {rank} (host {beats[rank].host}, pid {beats[rank].pid}) works {seconds:.3g} s in a step "
                     f"before the exchange, {seconds / median:.1f} times the median: the others wait for it"
                 )
@@ -231,7 +236,7 @@ class Heartbeat:
         what = "without a sign of life" if silent else "behind the others"
         lines = [f"{len(culprits)} of {self._world_size} processes are {what} (host {hosts})"]
         for rank in culprits[:SHOWN]:
-            lines.append(f"  {second[rank] if rank in second else f'rank {rank}, which has not begun yet'}")
+            lines.append(f"  {second.get(rank, f'rank {rank}, which has never been heard of')}")
             if behind and (stack := self._ask(partial(self._stack_of, rank))):
                 lines.append(stack)
         return "\n".join(lines)

@@ -71,23 +71,23 @@ class Lease:
         return False
 
     def _claim(self, number: int) -> bool:
-        numbers = self._numbers()
-        for old in sorted(numbers):
-            record, _ = self._read(old)
-            self._starts |= dict(record.get("starts", ()))
-            if "from_step" in record:
-                self._starts[old] = record["from_step"]
-        path = self._path(number)
         try:
-            with path.open("x", encoding="utf-8") as file:
-                _write(file, {"owner": number, **_me(), "starts": list(self._starts.items())})
+            file = self._path(number).open("x", encoding="utf-8")
         except FileExistsError:
             return False
-        # Whoever was slow enough may have made a file that was there before and is gone.
-        if self._newest() > number:
-            path.unlink(missing_ok=True)
-            return False
-        for old in numbers:
+        with file:
+            # Whoever was slow enough has made a file that had been there before.
+            if self._newest() > number:
+                self._path(number).unlink(missing_ok=True)
+                return False
+            former = sorted(set(self._numbers()) - {number})
+            for old in former:
+                record, _ = self._read(old)
+                self._starts |= dict(record.get("starts", ()))
+                if "from_step" in record:
+                    self._starts[old] = record["from_step"]
+            _write(file, {"owner": number, **_me(), "starts": list(self._starts.items())})
+        for old in former:
             self._path(old).unlink(missing_ok=True)
         self.owner = number
         return True
@@ -174,8 +174,10 @@ def _me() -> Record:
 
 
 def _name(owner: Record) -> str:
-    job = f"job {owner['job']}, " if owner.get("job") else ""
-    return f"{job}process {owner.get('pid', 'unknown')} on host {owner.get('host', 'unknown')}"
+    if "pid" not in owner:
+        return "an unknown process"
+    job = f"job {owner['job']}, " if owner["job"] else ""
+    return f"{job}process {owner['pid']} on host {owner['host']}"
 
 
 def _has_ended(owner: Record) -> bool:

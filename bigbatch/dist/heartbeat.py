@@ -36,6 +36,7 @@ SHOWN, DEEP = 8, 16
 """Processes that one message shows, and calls of a process's stack."""
 
 T = TypeVar("T")
+_HOST = socket.gethostname()
 
 
 class Progress:
@@ -87,7 +88,7 @@ class _Moment:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process says of itself. ``number`` counts its beats; the rest is `Progress`."""
+    """What a process says of itself: ``number`` counts its beats, and `Progress` has the rest."""
 
     rank: int
     host: str
@@ -95,12 +96,18 @@ class Beat:
     number: int
     step: int
     phase: str
+    entered: int
     own_seconds: float
     own_steps: int
 
     @property
     def place(self) -> tuple[int, int]:
         return self.step, PHASES.index(self.phase)
+
+    @property
+    def stack(self) -> str:
+        """The key of the store where its stack is, once it has stood still for long enough to leave it there."""
+        return f"stack/{self.rank}/{self.entered}"
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid}), {self.phase} after step {self.step}"
@@ -152,10 +159,11 @@ class Heartbeat:
         self._number += 1
         # A store that is gone is no news at the end of a run; in the middle of one, `_watch` finds out.
         try:
-            self._store.set(str(self._rank), json.dumps(asdict(self._now())))
-            if self._stood() > self._timeout / 4 and self._shown != self._progress.entered:
-                self._shown = self._progress.entered
-                self._store.set(f"stack/{self._rank}", _stack())
+            now = self._now()
+            self._store.set(str(self._rank), json.dumps(asdict(now)))
+            if self._stood() > self._timeout / 4 and self._shown != now.entered:
+                self._shown = now.entered
+                self._store.set(now.stack, _stack())
             if self._rank == 0 and self._number % COMPARE == 0:
                 self._compare(self._read())
         except RuntimeError:
@@ -163,7 +171,7 @@ class Heartbeat:
 
     def _now(self) -> Beat:
         at = self._progress
-        return Beat(self._rank, socket.gethostname(), os.getpid(), self._number, at.step, at.phase, *at.own)
+        return Beat(self._rank, _HOST, os.getpid(), self._number, at.step, at.phase, at.entered, *at.own)
 
     def _stood(self) -> float:
         """Seconds since this process entered its phase."""
@@ -237,13 +245,12 @@ class Heartbeat:
         lines = [f"{len(culprits)} of {self._world_size} processes are {what} (host {hosts})"]
         for rank in culprits[:SHOWN]:
             lines.append(f"  {second.get(rank, f'rank {rank}, which has never been heard of')}")
-            if behind and (stack := self._ask(partial(self._stack_of, rank))):
+            if behind and (stack := self._ask(partial(self._stack_of, second[rank]))):
                 lines.append(stack)
         return "\n".join(lines)
 
-    def _stack_of(self, rank: int) -> str:
-        key = f"stack/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+    def _stack_of(self, beat: Beat) -> str:
+        return self._store.get(beat.stack).decode() if self._store.check([beat.stack]) else ""
 
 
 def blame(first: Mapping[int, Beat], second: Mapping[int, Beat], *, world_size: int) -> tuple[list[int], list[int]]:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -48,37 +50,54 @@ def waits_for(rank: int, folder: Path, victim: int, fault: Callable[[], None]) -
             runtime.progress.enter("exchange")
             with pytest.raises(RuntimeError):
                 dist.all_reduce(torch.ones(1))
-            sys.stderr.seek(0)
-            said = sys.stderr.read()
             os.kill(pids[victim], signal.SIGCONT)
-    return "" if rank == victim else said
+        sys.stderr.seek(0)
+        return sys.stderr.read()
 
 
-def test_a_frozen_process_is_named_by_all_others_before_they_give_up(tmp_path: Path) -> None:
-    first, _, last = run_processes(3, waits_for, tmp_path, 1, freeze, timeout=TIMEOUT, limit=60)
-    for rank, said in ((0, first), (2, last)):
-        assert f"rank {rank} (host" in said and "exchange after step 12, stands still" in said
-        assert "1 of 3 processes are without a sign of life" in said
-        assert "\n  rank 1 (host" in said and "data after step 12" in said
-        assert said.count("\n") == 2
+SCENES: dict[str, tuple[int, int, Callable[[], None]]] = {
+    "frozen": (3, 1, freeze),
+    "asleep": (3, 1, oversleep),
+    "no store": (2, 0, freeze),
+}
 
 
-def test_a_process_that_does_not_come_is_named_with_its_stack(tmp_path: Path) -> None:
-    first, _, last = run_processes(3, waits_for, tmp_path, 1, oversleep, timeout=TIMEOUT, limit=60)
-    for said in (first, last):
-        assert "1 of 3 processes are behind the others" in said
-        assert "\n  rank 1 (host" in said and "data after step 12" in said
-        assert "in oversleep\n    time.sleep(TIMEOUT)" in said
-    itself = (tmp_path / "1").read_text()
-    assert "rank 1 (host" in itself and "in oversleep" in itself
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What each rank has said in each scene. They spend their time waiting, so they do it all at once."""
+
+    def play(scene: str) -> list[str]:
+        world, victim, fault = SCENES[scene]
+        folder = tmp_path_factory.mktemp("scene")
+        return run_processes(world, waits_for, folder, victim, fault, timeout=TIMEOUT, limit=60)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(SCENES, pool.map(play, SCENES), strict=True))
 
 
-def test_the_host_of_the_store_is_named_where_it_does_not_answer(tmp_path: Path) -> None:
-    _, said = run_processes(2, waits_for, tmp_path, 0, freeze, timeout=TIMEOUT, limit=60)
-    assert "host 127.0.0.1 (MASTER_ADDR) does not answer" in said
+def test_a_frozen_process_is_named_by_all_others_before_they_give_up(said: dict[str, list[str]]) -> None:
+    for rank in (0, 2):
+        text = said["frozen"][rank]
+        assert f"rank {rank} (host" in text and "exchange after step 12, stands still" in text
+        assert "1 of 3 processes are without a sign of life" in text
+        assert "\n  rank 1 (host" in text and "data after step 12" in text
+        assert text.count("\n") == 2
 
 
-BEAT = Beat(0, "n1", 7, number=5, step=3, phase="exchange", own_seconds=1.0, own_steps=3)
+def test_a_process_that_does_not_come_is_named_with_its_stack(said: dict[str, list[str]]) -> None:
+    first, itself, last = said["asleep"]
+    for text in (first, last):
+        assert "1 of 3 processes are behind the others" in text
+        assert "\n  rank 1 (host" in text and "data after step 12" in text
+        assert "in oversleep\n    time.sleep(TIMEOUT)" in text
+    assert itself.startswith("bigbatch: rank 1 (host") and "in oversleep" in itself
+
+
+def test_the_host_of_the_store_is_named_where_it_does_not_answer(said: dict[str, list[str]]) -> None:
+    assert "host 127.0.0.1 (MASTER_ADDR) does not answer" in said["no store"][1]
+
+
+BEAT = Beat(0, "n1", 7, number=5, step=3, phase="exchange", entered=9, own_seconds=1.0, own_steps=3)
 
 
 def moved(**fields: object) -> Beat:
@@ -125,13 +144,15 @@ def test_a_slow_process_is_named_although_its_steps_take_as_long_as_those_of_all
     assert others == [[], []]
 
 
-def test_own_work_ends_at_the_exchange() -> None:
+def test_own_work_ends_at_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    fake = SimpleNamespace(monotonic=lambda: clock, perf_counter=lambda: clock)
+    monkeypatch.setattr(sys.modules["bigbatch.dist.heartbeat"], "time", fake)
     progress = Progress(torch.device("cpu"))
-    for phase in ("data", "forward", "data", "forward", "exchange", "update"):
+    for phase in ("data", "forward", "data", "forward", "exchange", "update", "log") * 2:
         progress.enter(phase)
-        time.sleep(0.2 if phase in ("exchange", "update") else 0.01)
-    seconds, steps = progress.own
-    assert 0.04 <= seconds < 0.2 and steps == 1
+        clock += 100.0 if phase in ("exchange", "update", "log") else 1.0
+    assert progress.own == (8.0, 2)
 
 
 def test_a_collective_of_another_phase_is_a_wait_and_then_over() -> None:
@@ -139,7 +160,7 @@ def test_a_collective_of_another_phase_is_a_wait_and_then_over() -> None:
     progress.enter("eval")
     with progress.waiting():
         assert progress.phase == "exchange"
-    assert (progress.phase, progress.entered) == ("eval", 3)
+    assert (progress.phase, progress.entered) == ("eval", 4)
 
 
 def test_what_is_repeated_goes_on_after_an_error_which_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

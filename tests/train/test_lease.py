@@ -59,10 +59,10 @@ def race(rank: int, folder: Path, rounds: int) -> list[int]:
 
 def test_of_two_that_start_at_once_one_wins(tmp_path: Path) -> None:
     """Ten new directories, then each of them again and again as its last owner left it."""
-    results = run_ranks(3, race, tmp_path, 100)
-    assert [sorted(numbers) for numbers in zip(*results, strict=True)] == [[0, 0, 1 + n // 10] for n in range(100)]
-    assert sum(numbers.count(0) < 100 for numbers in results) > 1, "one process was always first, so nobody raced"
-    assert files(tmp_path / "0") == ["10.json"]
+    results = run_ranks(3, race, tmp_path, 60)
+    assert [sorted(numbers) for numbers in zip(*results, strict=True)] == [[0, 0, 1 + n // 10] for n in range(60)]
+    assert sum(numbers.count(0) < 60 for numbers in results) > 1, "one process was always first, so nobody raced"
+    assert files(tmp_path / "0") == ["6.json"]
 
 
 def test_what_is_released_is_free_and_what_is_not_is_not(tmp_path: Path) -> None:

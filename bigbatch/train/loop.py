@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +35,13 @@ def train(parts: Parts) -> dict[str, Any]:
     """
     run = Path(parts.config.run.dir)
     settings = parts.config.checkpoint
-    checkpoints = Checkpoints(run / "checkpoints", keep=settings.keep, best=settings.best, best_is=settings.best_is)
+    checkpoints = Checkpoints(
+        run / "checkpoints",
+        keep=settings.keep,
+        best=settings.best,
+        best_is=settings.best_is,
+        write=settings.write,
+    )
     saved, damage = _find(parts, checkpoints)
     clock = _restore(parts, saved) if saved else Clock()
     if parts.plan.check_every:
@@ -62,6 +69,8 @@ def train(parts: Parts) -> dict[str, Any]:
         validation = _steps(parts, clock, trackers, checkpoints, meter)
         summary = _finish(parts, clock, trackers, meter, validation)
     except BaseException:
+        checkpoints.wait()  # a save in flight is not lost with the run
+        _log_saves(trackers, checkpoints)
         trackers.finish("failed")
         raise
     trackers.finish("done")
@@ -87,6 +96,7 @@ def _steps(
             trackers.log(_step_event(parts, clock, report, meter.read()))
         _guard(parts, clock, report)
         meter.pause()
+        _log_saves(trackers, checkpoints)
         if plan.check_every and due(plan.check_every):
             # Running statistics are each process's own until they are merged.
             check_ranks(parts, clock, dict(parts.model.named_parameters()))
@@ -98,6 +108,7 @@ def _steps(
             _save(parts, clock, checkpoints, metrics=metrics, seconds=meter.seconds)
         meter.resume()
     meter.pause()
+    _settle(parts, trackers, checkpoints)
     return metrics
 
 
@@ -142,6 +153,7 @@ def _where(clock: Clock) -> dict[str, int]:
 def _save(
     parts: Parts, clock: Clock, checkpoints: Checkpoints, *, metrics: dict[str, float] | None, seconds: float
 ) -> None:
+    since = time.perf_counter()
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
@@ -155,7 +167,20 @@ def _save(
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
-    checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state)
+    checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state, since=since)
+
+
+def _log_saves(trackers: Trackers, checkpoints: Checkpoints) -> None:
+    while checkpoints.events:
+        trackers.log(checkpoints.events.popleft())
+
+
+def _settle(parts: Parts, trackers: Trackers, checkpoints: Checkpoints) -> None:
+    """Wait until the last save is on the disk. RunError on every process where it is not."""
+    error = parts.runtime.agree(checkpoints.wait())
+    _log_saves(trackers, checkpoints)
+    if error:
+        raise error
 
 
 def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequence[str]]:

@@ -45,22 +45,12 @@ def add_checkpoint(verbs: Any) -> None:
     text = "List and verify a run's checkpoints, or export one as a plain model."
     parser = verbs.add_parser("checkpoint", help=text, description=text)
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    for name, run, path, text in (
-        ("ls", _ls, "run directory", "List steps, samples and sizes, what is damaged, the newest and the best."),
-        (
-            "verify",
-            _verify,
-            "run directory",
-            "Exit 1 where a checkpoint is damaged, and name it, or where there is none.",
-        ),
-        (
-            "export",
-            _export,
-            "run or checkpoint directory",
-            "Write weights, recipe and a model card to a new directory.",
-        ),
+    for run, path, text in (
+        (_ls, "run directory", "List steps, samples and sizes, what is damaged, the newest and the best."),
+        (_verify, "run directory", "Exit 1 and name it if one is damaged, or if there is none."),
+        (_export, "run directory or checkpoint", "Write weights, recipe and a model card to a new directory."),
     ):
-        action = actions.add_parser(name, help=text, description=text)
+        action = actions.add_parser(run.__name__[1:], help=text, description=text)
         action.set_defaults(verb=run)
         action.add_argument("path", help=path)
     actions.choices["ls"].add_argument("--json", action="store_true", help="print the list as JSON")
@@ -129,24 +119,22 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
     settings = load_config(run / "config.yaml").checkpoint
     checkpoints = Checkpoints(run / "checkpoints", keep=1, best=settings.best, best_is=settings.best_is)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    whole = []
     for path in checkpoints.paths():
-        size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-        row: dict[str, Any] = {
-            "path": str(path),
-            "step": int(path.name),
-            "samples": None,
-            "bytes": size,
-            "damage": None,
-        }
+        samples = damage = None
         try:
-            row["samples"] = open_checkpoint(path).state["samples"]
+            samples = open_checkpoint(path).state["samples"]
+            whole.append(path)
         except RunError as error:
-            row["damage"] = str(error)
-        rows.append(row)
-    whole = [Path(row["path"]) for row in rows if not row["damage"]]
-    marks = {"newest": max(whole, default=None), "best": checkpoints.best_of(whole)}
-    return [row | {mark: str(path) == row["path"] for mark, path in marks.items()} for row in rows]
+            damage = str(error)
+        size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+        rows.append({"path": path, "step": int(path.name), "samples": samples, "bytes": size, "damage": damage})
+    newest, best = whole[-1] if whole else None, checkpoints.best_of(whole)
+    for row in rows:
+        path = row["path"]
+        row |= {"path": str(path), "newest": path == newest, "best": path == best}
+    return rows
 
 
 def _card(config: RunConfig, dataset: Dataset, run: Path, state: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ class Checkpoints:
         self.wait()
         state = {"owner": 0, "samples": 0, **state, "step": step}
         if self._background:
-            model, optimizer = self._host = on_host((model, optimizer), self._host)
+            model, optimizer, state = self._host = on_host((model, optimizer, state), self._host)
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.synchronize()
         target = self.root / _name(step)
@@ -128,9 +128,7 @@ class Checkpoints:
             damage.append(f"checkpoint {path} is of owner {owner}, who had lost the run to another")
         if damage:
             raise RunError(
-                "no whole checkpoint is left: "
-                + "; ".join(damage)
-                + "; restore one, or start afresh in another run.dir"
+                f"no whole checkpoint is left: {'; '.join(damage)}; restore one, or start afresh in another run.dir"
             )
         return None, []
 
@@ -149,7 +147,7 @@ class Checkpoints:
             names = os.listdir(self.root)
         except FileNotFoundError:
             return []
-        steps = sorted(int(name) for name in names if name.isdecimal())
+        steps = sorted({int(name) for name in names if name.isdecimal()})
         return [self.root / _name(step) for step in steps if _name(step) in names]
 
     def best_of(self, paths: Sequence[Path]) -> Path | None:
@@ -202,17 +200,9 @@ class Checkpoints:
 def open_checkpoint(path: Path) -> Saved:
     """Verify all of it. RunError names the directory and what is damaged, missing or not part of a checkpoint."""
     with _reading(path):
-        found = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(path)}
-        if found != dict.fromkeys(FILES, True):
-            wrong = min(name for name in {*FILES, *found} if name not in FILES or not found.get(name))
-            what = (
-                "does not belong to it"
-                if wrong not in FILES
-                else "is no plain file"
-                if wrong in found
-                else "is missing"
-            )
-            raise RunError(f"checkpoint {path} is damaged: {wrong} {what}")
+        found = {e.name if e.is_file(follow_symlinks=False) else f"{e.name} (no file)" for e in os.scandir(path)}
+        if wrong := sorted(found ^ {*FILES}):
+            raise RunError(f"checkpoint {path} is damaged: missing or out of place: {', '.join(wrong)}")
         sums, manifest = _sums(path), (path / MANIFEST).read_bytes()
         if manifest != _manifest(sums):
             recorded = json.loads(manifest)

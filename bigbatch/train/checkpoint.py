@@ -200,7 +200,8 @@ class Checkpoints:
 def open_checkpoint(path: Path) -> Saved:
     """Verify all of it. RunError names the directory and what is damaged, missing or not part of a checkpoint."""
     with _reading(path):
-        found = {e.name if e.is_file(follow_symlinks=False) else f"{e.name} (no file)" for e in os.scandir(path)}
+        plain = {entry.name: entry.is_file() and not entry.is_symlink() for entry in path.iterdir()}
+        found = {name if is_plain else f"{name} (no plain file)" for name, is_plain in plain.items()}
         if wrong := sorted(found ^ {*FILES}):
             raise RunError(f"checkpoint {path} is damaged: missing or out of place: {', '.join(wrong)}")
         sums, manifest = _sums(path), (path / MANIFEST).read_bytes()

@@ -162,7 +162,7 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     plan = make_plan(config, world_size=_world_size())
 
-    from bigbatch.dist import StopSignal
+    from bigbatch.dist import StopSignal, lost_contact
     from bigbatch.train import Preempted, RunError, train
 
     if _rank() == 0 and config.tracking.console != "none":
@@ -176,6 +176,13 @@ def _train(args: argparse.Namespace) -> int:
         if _rank() == 0:
             print(f"bigbatch: {message}", file=sys.stderr, flush=True)
         return OK if _launched() else PREEMPTED
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        # Each process says so at once: which of them is to blame, their heartbeats have told.
+        what = str(error).partition("\n")[0]
+        print(f"bigbatch: rank {_rank()}: another process is gone or silent ({what})", file=sys.stderr, flush=True)
+        return FAILED
     if _rank() == 0:
         print(json.dumps({"run": config.run.dir, **summary}))
     return OK

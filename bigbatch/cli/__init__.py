@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 from bigbatch.config import ConfigError, RunConfig, load_config
 from bigbatch.plan import Plan
 
+from .slurm import add_arguments, join_step, run_slurm
+
 if TYPE_CHECKING:
     from bigbatch.train import Parts
     from bigbatch.train.checkpoint import Saved
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if rest:
             args.overrides = [*args.overrides, *rest]
-        _check_launch()
+        if args.verb in (_train, _evaluate, _verify):
+            join_step()
         return int(args.verb(args))
     except ConfigError as error:
         return _say(str(error), USAGE)
@@ -72,9 +75,11 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    verb("train", _train, "Train a recipe, alone or under torchrun or accelerate launch; the same command goes on.")
+    verb(
+        "train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; the same command resumes"
+    )
     plan = verb("plan", _plan, "Show every number a run would use, with its reason, without training.")
-    plan.add_argument("--world-size", type=_positive, default=_world_size(), help="number of processes")
+    plan.add_argument("--world-size", type=positive, default=_world_size(), help="number of processes")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--strict", action="store_true", help="exit 2 on any warning")
     evaluate = verb(
@@ -90,14 +95,16 @@ def _parser() -> argparse.ArgumentParser:
         "--layouts", default="1x1,1x4,2x2,4x1", help="processes x accumulation, compared with the first (%(default)s)"
     )
     verify.add_argument(
-        "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
+        "--steps", type=positive, default=20, help="steps to take, the last with a short window (%(default)s)"
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    add_arguments(verb("slurm", run_slurm, "Show or submit the SLURM batch script of a recipe whose plan is legal."))
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The value of an option that counts something."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -265,14 +272,6 @@ def _world_size() -> int:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _check_launch() -> None:
-    """Plain srun starts processes that do not know of each other, and each would train on its own."""
-    inside = "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if inside and tasks != "1":
-        raise ConfigError(f"SLURM_STEP_NUM_TASKS = {tasks}: start torchrun once per node, as slurm/train.sbatch does")
 
 
 def _say(message: str, code: int) -> int:

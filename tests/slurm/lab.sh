@@ -64,7 +64,7 @@ cluster() {
         --log-file="$dir/munge.log" --seed-file="$dir/munge.seed"
     slurmctld
     for i in $(seq "$1"); do
-        "${namespaces[@]}" bash "$0" "$dir" node "$i" >"$dir/n$i/out" 2>&1 &
+        "${namespaces[@]}" bash "$0" "$dir" node "$i" >"$dir/n$i/node.log" 2>&1 &
         echo $! >"$dir/n$i/pid"
         until [ ! /proc/self/ns/net -ef "/proc/$!/ns/net" ]; do sleep 0.02; done
         ip link add "n$i" type veth peer name eth0 netns $!

@@ -54,7 +54,7 @@ class Cluster:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | variables
         command = ["bash", str(LAB), str(self.directory), *words]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 or not check, (words, done.stderr)
         return done.stdout.strip()
 

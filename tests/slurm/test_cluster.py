@@ -15,7 +15,7 @@ from slurm.cluster import ROOT, Cluster, why_not
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 RECIPE = "configs/digits/lars_512.yaml"
-OVERRIDES = ("duration=40ep", "checkpoint.every=5st", "eval.every=20ep", "tracking.console=none", "parallel.timeout=60")
+OVERRIDES = ("duration=30ep", "checkpoint.every=5st", "eval.every=20ep", "tracking.console=none", "parallel.timeout=60")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,13 @@ def test_two_nodes(undisturbed: dict[str, Any]) -> None:
     assert undisturbed["metrics"]["accuracy"] > 0.9
 
 
+def test_srun_alone_is_launcher_enough(cluster: Cluster) -> None:
+    run = cluster.directory / "alone"
+    train = ["python", "-m", "bigbatch", "train", RECIPE, "duration=2ep", f"run.dir={run}", "tracking.console=none"]
+    cluster.lab("in", "srun", "--nodes=2", "--ntasks=2", *train)
+    assert finished(run)["world_size"] == 2
+
+
 def test_a_job_near_its_time_limit_saves_and_goes_on(cluster: Cluster, undisturbed: dict[str, Any]) -> None:
     job, run = submit(cluster, "limit", "--nodes=2", "--time=10", "slurm/train.sbatch", RECIPE, *OVERRIDES)
     reach(cluster, run, 3)
@@ -98,7 +105,7 @@ def test_an_array_trains_a_run_for_each_line(cluster: Cluster) -> None:
     (cluster.directory / "slurm").symlink_to(ROOT / "slurm")
     lines = cluster.directory / "lines"
     lines.write_text(
-        "".join(f"seed={seed} duration={epochs}ep\n" for seed, epochs in ((1, 2), (2, 2), (3, 2), (4, 40)))
+        "".join(f"seed={seed} duration={epochs}ep\n" for seed, epochs in ((1, 2), (2, 2), (3, 2), (4, 20)))
     )
     options = ["--array=1-4", f"--chdir={cluster.directory}", f"--output={cluster.directory}/%x-%a.out"]
     command = ["slurm/array.sbatch", str(ROOT / RECIPE), "lines", *OVERRIDES[1:]]

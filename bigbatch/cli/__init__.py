@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, NoReturn
 from bigbatch.config import ConfigError, RunConfig, load_config
 from bigbatch.plan import Plan
 
-from .slurm import add_arguments, join_step, run_slurm
-
 if TYPE_CHECKING:
     from bigbatch.train import Parts
     from bigbatch.train.checkpoint import Saved
@@ -36,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             args.overrides = [*args.overrides, *rest]
         if args.verb in (_train, _evaluate, _verify):
+            from .slurm import join_step
+
             join_step()
         return int(args.verb(args))
     except ConfigError as error:
@@ -62,6 +62,8 @@ def entry() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import slurm
+
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -75,11 +77,9 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    verb(
-        "train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; the same command resumes"
-    )
+    verb("train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; run it again to go on.")
     plan = verb("plan", _plan, "Show every number a run would use, with its reason, without training.")
-    plan.add_argument("--world-size", type=positive, default=_world_size(), help="number of processes")
+    plan.add_argument("--world-size", type=_positive, default=_world_size(), help="number of processes")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--strict", action="store_true", help="exit 2 on any warning")
     evaluate = verb(
@@ -95,16 +95,15 @@ def _parser() -> argparse.ArgumentParser:
         "--layouts", default="1x1,1x4,2x2,4x1", help="processes x accumulation, compared with the first (%(default)s)"
     )
     verify.add_argument(
-        "--steps", type=positive, default=20, help="steps to take, the last with a short window (%(default)s)"
+        "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
-    add_arguments(verb("slurm", run_slurm, "Show or submit the SLURM batch script of a recipe whose plan is legal."))
+    slurm.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     return parser
 
 
-def positive(text: str) -> int:
-    """The value of an option that counts something."""
+def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")

@@ -8,8 +8,10 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+from bigbatch.cli import FAILED, OK, _positive, make_plan
 from bigbatch.config import ConfigError, load_config
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
@@ -37,12 +39,13 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bigbatch slurm``; the rest of sbatch's go through ``--sbatch``."""
-    from bigbatch.cli import positive
-
-    parser.add_argument("--nodes", type=positive, default=1, help="number of nodes (%(default)s)")
-    parser.add_argument("--gpus-per-node", type=positive, help="GPUs, and processes, of a node; without it one process")
+def add_to(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """The verb and its options; the rest of sbatch's go through ``--sbatch``."""
+    parser = verb("slurm", run, "Show or submit the SLURM batch script of a recipe whose plan is legal.")
+    parser.add_argument("--nodes", type=_positive, default=1, help="number of nodes (%(default)s)")
+    parser.add_argument(
+        "--gpus-per-node", type=_positive, help="GPUs, and processes, of a node; without it one process"
+    )
     parser.add_argument("--time", help="time limit, as 12:00:00; a run that needs longer is queued again and goes on")
     parser.add_argument("--partition", help="where to run")
     parser.add_argument("--job-name", help="name of the job, its log and its run directory; unless given the recipe's")
@@ -53,10 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--submit", action="store_true", help="hand the script to sbatch")
 
 
-def run_slurm(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Show, write or submit the batch script of a recipe, once its plan for so many processes has proved legal."""
-    from bigbatch.cli import FAILED, OK, make_plan
-
     options = {"job-name": args.job_name or Path(args.config).stem, "nodes": str(args.nodes)}
     asked = {"gpus-per-node": args.gpus_per_node, "time": args.time, "partition": args.partition}
     options |= {name: str(value) for name, value in asked.items() if value}

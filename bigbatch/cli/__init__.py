@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
     slurm.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
+    from .checkpoint import add_checkpoint  # which needs what is above
+
+    add_checkpoint(verbs)
     return parser
 
 
@@ -260,10 +263,13 @@ def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
 
     try:
         runtime = Runtime(precision=config.precision, parallel=config.parallel, debug=config.debug)
-        parts = assemble(config, plan, runtime)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     with runtime:
+        try:
+            parts = assemble(config, plan, runtime)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         yield parts
 
 

@@ -4,7 +4,6 @@ from typing import Literal
 import pytest
 import torch
 
-from bigbatch.train import RunError
 from bigbatch.train.checkpoint import Checkpoints, open_checkpoint
 
 

@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if rest:
             args.overrides = [*args.overrides, *rest]
-        _check_launch()
+        if args.verb in (_train, _evaluate, _verify):
+            from .slurm import join_step
+
+            join_step()
         return int(args.verb(args))
     except ConfigError as error:
         return _say(str(error), USAGE)
@@ -59,6 +62,8 @@ def entry() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import slurm
+
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -72,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    verb("train", _train, "Train a recipe, alone or under torchrun or accelerate launch; the same command goes on.")
+    verb("train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; run it again to go on.")
     plan = verb("plan", _plan, "Show every number a run would use, with its reason, without training.")
     plan.add_argument("--world-size", type=_positive, default=_world_size(), help="number of processes")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -93,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    slurm.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     from .checkpoint import add_checkpoint  # which needs what is above
 
@@ -288,14 +294,6 @@ def _launched() -> bool:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _check_launch() -> None:
-    """Plain srun starts processes that do not know of each other, and each would train on its own."""
-    inside = "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if inside and tasks != "1":
-        raise ConfigError(f"SLURM_STEP_NUM_TASKS = {tasks}: start torchrun once per node, as slurm/train.sbatch does")
 
 
 def _say(message: str, code: int) -> int:

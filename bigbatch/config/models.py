@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from .duration import Duration
+from .redact import redact
 
 Positive = Annotated[int, BeforeValidator(lambda value: str(value) if value is True else value), Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -16,18 +18,30 @@ Fraction1 = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and closed to keys it does not know."""
+    """Base of every section: immutable, and closed to keys it does not know and to secrets.
+
+    What a recipe says is copied into the run's directory, its checkpoints and its trackers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        if not isinstance(value, Section) and redact(str(value)) != str(value):
+            raise PydanticCustomError(
+                "secret",
+                "looks like a password or a token, and every copy of the recipe would hold it; take it out: libraries "
+                "find theirs in the environment (WANDB_API_KEY, HF_TOKEN)",
+            )
+        return value
 
 
 class Run(Section):
     dir: str = Field("runs/default", min_length=1, description="Directory the run owns; the same directory resumes it.")
     stop_after: Duration | None = Field(None, description="Save and stop here; the same run goes on without this key.")
     nonfinite_limit: Positive = Field(20, description="Consecutive steps with a non-finite gradient before giving up.")
-    grace: PositiveFloat = Field(
-        60.0, description="Seconds from SIGTERM or SIGUSR1 to a saved, ended run."
-    )
+    grace: PositiveFloat = Field(60.0, description="Seconds from SIGTERM or SIGUSR1 to a saved, ended run.")
     lease: PositiveFloat = Field(30.0, description="Seconds without a sign of its owner before the directory is free.")
 
 

@@ -2,8 +2,10 @@
 
 from .deepspeed import set_layers
 from .fsdp2 import part
+from .heartbeat import repeat, say
 from .local import RankError, run_processes
 from .runtime import Runtime
+from .signals import StopSignal
 from .strategy import Strategy
 
-__all__ = ["RankError", "Runtime", "Strategy", "part", "run_processes", "set_layers"]
+__all__ = ["RankError", "Runtime", "StopSignal", "Strategy", "part", "repeat", "run_processes", "say", "set_layers"]

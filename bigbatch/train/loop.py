@@ -5,45 +5,62 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from bigbatch.config import ConfigError, RunConfig, dump_config
+from bigbatch.dist import StopSignal
 from bigbatch.measure import Throughput
 from bigbatch.tracking import Trackers, build_trackers
 
 from .checkpoint import Checkpoints, Saved
+from .diagnose import diagnose
 from .evaluate import evaluate
 from .guard import check_ranks
-from .state import Clock, Parts, RunError, StepReport
+from .lease import Lease
+from .state import Clock, Parts, Preempted, RunError, StepReport
 from .step import train_step
 
-SUMMARY = "summary.json"
+T = TypeVar("T")
+
+SUMMARY, PREEMPTED = "summary.json", "preempted.json"
 FREE_ON_RESUME = ("run", "eval", "checkpoint", "tracking", "parallel", "debug")
 """Sections that may change when a run goes on; everything else defines which run it is."""
 
 
-def train(parts: Parts) -> dict[str, Any]:
+def train(parts: Parts, stop: StopSignal) -> dict[str, Any]:
     """Run to the end of the plan and return the summary, which is also written to ``run.dir/summary.json``.
 
-    Goes on from the newest whole checkpoint in ``run.dir``. A run that ``run.stop_after`` ends early has neither
-    metrics nor a summary file yet. Raises RunError where the run cannot go on and ConfigError where the directory
-    holds another run.
+    Owns ``run.dir`` meanwhile, after waiting for a former owner to end, and goes on from the newest whole checkpoint
+    there. A run that ``run.stop_after`` ends early has neither
+    metrics nor a summary file yet. A process that is asked to ``stop`` stops them all after the same step: they save,
+    leave ``run.dir/preempted.json`` and raise Preempted. Raises RunError where the run cannot go on and ConfigError
+    where the directory holds another run.
     """
+    lease = Lease(Path(parts.config.run.dir), seconds=parts.config.run.lease)
+    try:
+        return _train(parts, stop, lease)
+    finally:
+        lease.release()
+
+
+def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
     run = Path(parts.config.run.dir)
     settings = parts.config.checkpoint
     checkpoints = Checkpoints(run / "checkpoints", keep=settings.keep, best=settings.best, best_is=settings.best_is)
-    saved, damage = _find(parts, checkpoints)
+    saved, damage = _find(parts, checkpoints, lease)
     clock = _restore(parts, saved) if saved else Clock()
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
     complete = parts.runtime.agree(clock.samples >= parts.plan.samples and (run / SUMMARY).is_file())
     if complete:
         return json.loads((run / SUMMARY).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    seconds = float(saved.state["seconds"]) if saved else 0.0
+    seconds, late = (float(saved.state["seconds"]), bool(saved.state.get("late"))) if saved else (0.0, False)
     if parts.runtime.rank == 0:
+        lease.begin(clock.step)
         _write_inputs(parts, run)
         if saved:
             checkpoints.set_aside(saved)
@@ -59,8 +76,11 @@ def train(parts: Parts) -> dict[str, Any]:
     _announce(trackers, clock, saved, damage, parts)
     meter = Throughput(seconds=seconds)
     try:
-        validation = _steps(parts, clock, trackers, checkpoints, meter)
-        summary = _finish(parts, clock, trackers, meter, validation)
+        validation = _steps(parts, clock, trackers, checkpoints, lease, meter, stop, late=late)
+        summary = _finish(parts, clock, trackers, lease, meter, validation)
+    except Preempted:
+        trackers.finish("preempted")
+        raise
     except BaseException:
         trackers.finish("failed")
         raise
@@ -69,10 +89,25 @@ def train(parts: Parts) -> dict[str, Any]:
 
 
 def _steps(
-    parts: Parts, clock: Clock, trackers: Trackers, checkpoints: Checkpoints, meter: Throughput
+    parts: Parts,
+    clock: Clock,
+    trackers: Trackers,
+    checkpoints: Checkpoints,
+    lease: Lease,
+    meter: Throughput,
+    stop: StopSignal,
+    *,
+    late: bool,
 ) -> dict[str, float] | None:
-    """Take every step of the plan; the metrics of the last step's evaluation, or None where no step was left."""
-    plan, metrics = parts.plan, None
+    """Take every step of the plan; the metrics of the last step's evaluation, or None where no step was left.
+
+    ``late``: the last step's evaluation is still to be done.
+    """
+    plan, progress, metrics = parts.plan, parts.runtime.progress, None
+    progress.step = clock.step
+    if late:
+        metrics = _validate(parts, clock, trackers)
+        _save(parts, clock, checkpoints, lease, metrics=metrics, seconds=meter.seconds)
     meter.resume()
     while clock.samples < plan.stop_samples:
         before, after = clock.samples, clock.samples + plan.window(clock.samples)
@@ -80,24 +115,37 @@ def _steps(
         def due(every: int, before: int = before, after: int = after) -> bool:
             return plan.is_due(every, before=before, after=after)
 
-        report = train_step(parts, samples=before, want_loss=due(plan.track_every))
-        clock.samples, clock.step = after, clock.step + 1
+        report = train_step(parts, samples=before, stop=stop.asked is not None)
+        progress.step = clock.step = clock.step + 1
+        clock.samples = after
+        progress.enter("log")
         meter.add(report.global_batch)
         if due(plan.track_every):
             trackers.log(_step_event(parts, clock, report, meter.read()))
+        for message in parts.runtime.heartbeat.warnings():
+            trackers.log({"event": "warning", "code": "straggler", **_where(clock), "message": message})
+        if lease.lost:
+            lease.check()
         _guard(parts, clock, report)
         meter.pause()
         if plan.check_every and due(plan.check_every):
             # Running statistics are each process's own until they are merged.
             check_ranks(parts, clock, dict(parts.model.named_parameters()))
-        metrics = None
-        if due(plan.eval_every):
-            metrics = evaluate(parts, "validation")
-            trackers.log({"event": "eval", "split": "validation", **_where(clock), **metrics})
-        if due(plan.checkpoint_every) or after >= plan.stop_samples:
-            _save(parts, clock, checkpoints, metrics=metrics, seconds=meter.seconds)
+        # An evaluation may take longer than there is left; whoever goes on makes up for it.
+        late = due(plan.eval_every) and report.stop
+        metrics = _validate(parts, clock, trackers) if due(plan.eval_every) and not late else None
+        if due(plan.checkpoint_every) or after >= plan.stop_samples or report.stop:
+            _save(parts, clock, checkpoints, lease, metrics=metrics, seconds=meter.seconds, late=late)
+        if report.stop:
+            _preempted(parts, clock, stop)
         meter.resume()
     meter.pause()
+    return metrics
+
+
+def _validate(parts: Parts, clock: Clock, trackers: Trackers) -> dict[str, float]:
+    metrics = evaluate(parts, "validation")
+    trackers.log({"event": "eval", "split": "validation", **_where(clock), **metrics})
     return metrics
 
 
@@ -110,7 +158,7 @@ def _guard(parts: Parts, clock: Clock, report: StepReport) -> None:
             way_out += ", or see whether all weights of a batch can be 0"
         raise RunError(
             f"step {clock.step}: the gradient was not finite in {limit} steps in a row (run.nonfinite_limit): "
-            f"stopped at learning rate {report.lr:g}: {way_out}"
+            f"stopped at learning rate {report.lr:g}: {diagnose(parts, clock.samples - report.global_batch)}: {way_out}"
         )
 
 
@@ -140,7 +188,14 @@ def _where(clock: Clock) -> dict[str, int]:
 
 
 def _save(
-    parts: Parts, clock: Clock, checkpoints: Checkpoints, *, metrics: dict[str, float] | None, seconds: float
+    parts: Parts,
+    clock: Clock,
+    checkpoints: Checkpoints,
+    lease: Lease,
+    *,
+    metrics: dict[str, float] | None,
+    seconds: float,
+    late: bool = False,
 ) -> None:
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     if parts.plan.check_every:
@@ -152,22 +207,48 @@ def _save(
         **asdict(clock),
         "seconds": seconds,
         "metrics": metrics,
+        "late": late,
+        "owner": lease.owner,
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
+    parts.runtime.progress.enter("save")
+    lease.check()
     checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state)
 
 
-def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequence[str]]:
-    """Rank 0 looks and all use what it found, so that no two processes go on from different steps."""
+def _preempted(parts: Parts, clock: Clock, stop: StopSignal) -> NoReturn:
+    """Leave a note that the run is to go on, for launchers, which do not hand on exit codes."""
+    run = Path(parts.config.run.dir)
+    if parts.runtime.rank == 0:
+        part = run / f".{PREEMPTED}.part"
+        part.write_text(json.dumps({"signal": stop.asked, **_where(clock)}), encoding="utf-8")
+        part.replace(run / PREEMPTED)
+    parts.runtime.agree(None)  # none leaves before the note is there
+    raise Preempted(f"{run}: asked to stop, saved after step {clock.step}; the same command goes on")
+
+
+def _find(parts: Parts, checkpoints: Checkpoints, lease: Lease) -> tuple[Saved | None, Sequence[str]]:
+    """Rank 0 looks and all use what it found, so that no two processes go on from different steps.
+
+    It does so as the owner of the directory, which may take longer to become than a collective may take.
+    """
+    timeout, seconds = parts.config.parallel.timeout, parts.config.run.lease
+    while not _on_rank_0(parts, partial(lease.acquire, patience=timeout / 4, limit=max(timeout, 2 * seconds))):
+        continue
+    return _on_rank_0(parts, checkpoints.newest)
+
+
+def _on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
+    """What the function returns or raises on rank 0, on every process."""
     found: Any = None
     if parts.runtime.rank == 0:
         try:
-            found = checkpoints.newest()
+            found = function()
         except RunError as error:
             found = error
         except (OSError, ValueError) as error:
-            found = ConfigError(f"run.dir = {parts.config.run.dir!r}: no directory can have this name ({error})")
+            found = ConfigError(f"run.dir = {parts.config.run.dir!r}: cannot be used ({error}); give another directory")
     found = parts.runtime.agree(found)
     if isinstance(found, Exception):
         raise found
@@ -220,6 +301,7 @@ def _write_inputs(parts: Parts, run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         # The run is not complete, whatever another one may have left here.
         (run / SUMMARY).unlink(missing_ok=True)
+        (run / PREEMPTED).unlink(missing_ok=True)
         (run / "config.yaml").write_text(dump_config(parts.config), encoding="utf-8")
         (run / "plan.json").write_text(parts.plan.to_json(), encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -237,7 +319,12 @@ def _announce(trackers: Trackers, clock: Clock, saved: Saved | None, damage: Seq
 
 
 def _finish(
-    parts: Parts, clock: Clock, trackers: Trackers, meter: Throughput, validation: dict[str, float] | None
+    parts: Parts,
+    clock: Clock,
+    trackers: Trackers,
+    lease: Lease,
+    meter: Throughput,
+    validation: dict[str, float] | None,
 ) -> dict[str, Any]:
     """The summary. The test part is read here, once, at the end of the plan, and nothing is chosen by it."""
     summary: dict[str, Any] = {
@@ -259,6 +346,7 @@ def _finish(
     summary["parameters_sha256"] = parameters_sha256(parts)
     # Written last: a run that has a summary is complete.
     if parts.runtime.rank == 0:
+        lease.check()
         (Path(parts.config.run.dir) / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return summary
 

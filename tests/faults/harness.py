@@ -330,8 +330,8 @@ def campaign(
                 if run.parameters() != whole.parameters():
                     raise Problem("its parameters are not the undisturbed run's")
                 counts["equal"] += 1
-            except Problem as problem:
-                problems.append(f"{path}: {problem}")
+            except (Problem, OSError, ValueError) as problem:
+                problems.append(f"{path}: {problem!r}")
         struck += run.struck.total()
         counts += Counter(runs=1, starts=run.starts) + run.struck
         print(f"{path.name}: struck {dict(run.struck)}, {run.starts} starts", file=sys.stderr, flush=True)

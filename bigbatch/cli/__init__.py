@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
+    from .checkpoint import add_checkpoint  # which needs what is above
+
+    add_checkpoint(verbs)
     return parser
 
 

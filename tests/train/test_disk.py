@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bigbatch.cli import main
-from bigbatch.train import RunError
+from bigbatch.train import RunError, loop
 from bigbatch.train.checkpoint import FILES, MANIFEST, OPTIMIZER, Checkpoints, _manifest, _sums, open_checkpoint
-from runs.command import events
+from runs.command import events, summary
 
 SIZE = 400 << 10
 RECIPE = """
@@ -113,6 +113,29 @@ def test_a_run_goes_on_without_a_save_but_does_not_end_without_its_last(
     filler.unlink()
     assert main(command) == 0
     assert {event["step"] for event in events(run, "checkpoint")} == {4, 8, 12}
+
+
+def test_a_summary_is_whole_or_not_there(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = tmp_path / "recipe.yaml", disk / "run"
+    recipe.write_text(RECIPE)
+    checksum = loop.parameters_sha256
+
+    def full(parts: Any) -> str:  # the last that happens before the summary is written
+        fill(disk, leave=0)
+        return checksum(parts)
+
+    monkeypatch.setattr(loop, "parameters_sha256", full)
+    assert main(["train", str(recipe), f"run.dir={run}"]) == 1
+    said = capsys.readouterr().err
+    assert "summary.json cannot be written" in said and "No space left on device" in said and "Traceback" not in said
+    assert not (run / "summary.json").exists()
+
+    monkeypatch.undo()
+    (disk / "filler").unlink()
+    assert main(["train", str(recipe), f"run.dir={run}"]) == 0
+    assert summary(run)["steps"] == 12
 
 
 class Malicious:

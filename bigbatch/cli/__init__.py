@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from bigbatch.config import ConfigError, RunConfig, load_config
+from bigbatch.config import ConfigError, RunConfig, load_config, redact
 from bigbatch.plan import Plan
 
 if TYPE_CHECKING:
@@ -39,17 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             join_step()
         return int(args.verb(args))
     except ConfigError as error:
-        return _say(str(error), USAGE)
+        return _say(_brief(str(error)), USAGE)
     except KeyboardInterrupt:
         return _say("interrupted; the same command goes on from the newest checkpoint", 130)
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; Python would complain again while closing it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
 
 
 def entry() -> NoReturn:
     """The command as a process."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _Lenient(getattr(sys, name)))
     code = main()
     if _world_size() > 1:
         # gloo's threads outlive their process group, and one that wants the interpreter while it shuts down aborts a
@@ -59,6 +58,26 @@ def entry() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class _Lenient:
+    """A stream whose reader may leave (`| head`) and whose disk may be full: what it does not take is lost, and no run
+    ends for it; the exit code tells how it ended."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or io.StringIO()  # it is None where a launcher has closed it
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -296,6 +315,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _brief(message: str) -> str:
+    """One line of a few hundred characters, whatever the message quotes; the key stands first and the way out last."""
+    line = " ".join(message.split())
+    return line if len(line) <= 600 else f"{line[:400]} … {line[-200:]}"
+
+
 def _say(message: str, code: int) -> int:
     """Print one message from rank 0 and return the exit code.
 
@@ -305,5 +330,5 @@ def _say(message: str, code: int) -> int:
     if _rank() > 0:
         time.sleep(5)
         message = f"rank {_rank()}: {message}"
-    print(f"bigbatch: {message}", file=sys.stderr, flush=True)
+    print(f"bigbatch: {redact(message)}", file=sys.stderr, flush=True)
     return code

@@ -15,7 +15,8 @@ from slurm.cluster import ROOT, Cluster, why_not
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 RECIPE = "configs/digits/lars_512.yaml"
-OVERRIDES = ("duration=30ep", "checkpoint.every=5st", "eval.every=20ep", "tracking.console=none", "parallel.timeout=60")
+# A save sums batch norm's running statistics over processes, which rounds them: bit by bit the same takes the same saves.
+OVERRIDES = ("duration=30ep", "checkpoint.every=1st", "eval.every=20ep", "tracking.console=none", "parallel.timeout=60")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_a_job_that_loses_a_node_goes_on_on_another(cluster: Cluster, undisturbe
     cluster.lab("in", "scontrol", "update", "nodename=n2", "state=down", "reason=off")
     ended = cluster.end(job)
     assert (ended["JobState"], ended["Restarts"], ended["NodeList"]) == ("COMPLETED", "1", "n[1,3]")
-    assert len(resumed(run)) == 1 and resumed(run)[0] % 5 == 0
+    assert len(resumed(run)) == 1
     assert finished(run)["parameters_sha256"] == undisturbed["parameters_sha256"]
 
 

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if rest:
             args.overrides = [*args.overrides, *rest]
-        _check_launch()
+        if not hasattr(args, "is_launcher"):
+            _check_launch()
         return int(args.verb(args))
     except ConfigError as error:
         return _say(str(error), USAGE)
@@ -59,6 +60,8 @@ def entry() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import launch
+
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    launch.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     return parser
 

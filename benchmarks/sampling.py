@@ -57,7 +57,7 @@ def seconds(work: Callable[..., object], *args: object, **options: object) -> fl
 def sampling(parts: Parts, steps: int) -> Table:
     """Medians over the steps; of looking up also the mean over three epochs, which has the sorting of each in it."""
     starts = [BATCH * number for number in range(steps + 1)]
-    step = statistics.median([seconds(train_step, parts, samples=at, want_loss=False) for at in starts][1:])
+    step = statistics.median([seconds(train_step, parts, samples=at) for at in starts][1:])
     title = f"which samples a step sees; the step takes {step:.3f} s"
     table = Table("stream", "median ms", "of a step", "mean ms", "of a step", title=title)
     for name, (count, shuffle) in STREAMS.items():

@@ -59,9 +59,9 @@ def measure(rank: int, recipe: dict[str, Any], accumulation: int) -> tuple[Count
     parts = assemble(config, plan, Runtime(precision=config.precision, parallel=config.parallel))
     # DistributedDataParallel settles on its buckets in the first step.
     for step in range(2):
-        train_step(parts, samples=step * config.batch.global_, want_loss=False)
+        train_step(parts, samples=step * config.batch.global_)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        train_step(parts, samples=2 * config.batch.global_, want_loss=False)
+        train_step(parts, samples=2 * config.batch.global_)
     calls, sent, name = Counter[str](), Counter[tuple[str, int]](), ""
     for event in profiler.profiler.kineto_results.events():
         if event.name().startswith("c10d::"):

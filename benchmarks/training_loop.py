@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch.config import Duration, RunConfig
 from bigbatch.data import load_data, size_of
-from bigbatch.dist import Runtime, run_processes
+from bigbatch.dist import Runtime, StopSignal, run_processes
 from bigbatch.plan import resolve
 from bigbatch.tasks import build_task
 from bigbatch.train import assemble, train
@@ -271,7 +271,7 @@ def bigbatch(problem: Problem, rank: int, out: str, pace: Pace, *, every: str = 
             return fetch(positions, window=window)
 
         parts.loader.train = noted  # type: ignore[method-assign]
-        train(parts)
+        train(parts, StopSignal(grace=60))
 
 
 def bigbatch_quiet(problem: Problem, rank: int, out: str, pace: Pace) -> None:

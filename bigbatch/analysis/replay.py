@@ -74,13 +74,13 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
     parts = dataclasses.replace(parts, loader=recorder)
     trace, clock = Trace(notes=tuple(warning.message for warning in parts.warnings)), Clock()
     while clock.samples < plan.samples:
-        report = train_step(parts, samples=clock.samples, want_loss=True)
+        report = train_step(parts, samples=clock.samples)
         clock.samples, clock.step = clock.samples + report.global_batch, clock.step + 1
         ids, inputs = recorder.window(runtime, report.global_batch)
         trace.ids.append(ids)
         trace.inputs.append(inputs)
         trace.lr.append(report.lr)
-        trace.loss.append(math.nan if report.loss is None else report.loss)
+        trace.loss.append(report.loss)
         trace.grad_norm.append(report.grad_norm)
         trace.skipped.append(report.skipped)
         if not trace.ranks and (odd := _odd_rank(parts, clock, dict(parts.model.named_parameters()))):

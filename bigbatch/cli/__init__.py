@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from bigbatch.train import Parts
     from bigbatch.train.checkpoint import Saved
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done, 1 failed, 2 the input is wrong (one message, no traceback)."""
+    """Run one verb. Exit codes: 0 done, 1 failed, 2 the input is wrong (one message, no traceback), 75 preempted."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes overrides in one place only; a user writes them before options and after.
@@ -163,15 +163,20 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     plan = make_plan(config, world_size=_world_size())
 
-    from bigbatch.train import RunError, train
+    from bigbatch.dist import StopSignal
+    from bigbatch.train import Preempted, RunError, train
 
     if _rank() == 0 and config.tracking.console != "none":
         show_plan(plan)
     try:
-        with _assembled(config, plan) as parts:
-            summary = train(parts)
+        with StopSignal(grace=config.run.grace) as stop, _assembled(config, plan) as parts:
+            summary = train(parts, stop)
     except RunError as error:
         return _say(str(error), FAILED)
+    except Preempted as message:
+        if _rank() == 0:
+            print(f"bigbatch: {message}", file=sys.stderr, flush=True)
+        return OK if _launched() else PREEMPTED
     if _rank() == 0:
         print(json.dumps({"run": config.run.dir, **summary}))
     return OK
@@ -265,6 +270,11 @@ def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _launched() -> bool:
+    """Whether this process's exit code goes to a launcher, which would call 75 a failure."""
+    return _world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _rank() -> int:

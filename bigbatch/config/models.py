@@ -25,9 +25,7 @@ class Run(Section):
     dir: str = Field("runs/default", min_length=1, description="Directory the run owns; the same directory resumes it.")
     stop_after: Duration | None = Field(None, description="Save and stop here; the same run goes on without this key.")
     nonfinite_limit: Positive = Field(20, description="Consecutive steps with a non-finite gradient before giving up.")
-    grace: PositiveFloat = Field(
-        60.0, description="Seconds from SIGTERM or SIGUSR1 to a saved, ended run."
-    )
+    grace: PositiveFloat = Field(60.0, description="Seconds from SIGTERM or SIGUSR1 to a saved, ended run.")
     lease: PositiveFloat = Field(30.0, description="Seconds without a sign of its owner before the directory is free.")
 
 

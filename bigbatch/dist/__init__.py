@@ -4,6 +4,7 @@ from .deepspeed import set_layers
 from .fsdp2 import part
 from .local import RankError, run_processes
 from .runtime import Runtime
+from .signals import StopSignal
 from .strategy import Strategy
 
-__all__ = ["RankError", "Runtime", "Strategy", "part", "run_processes", "set_layers"]
+__all__ = ["RankError", "Runtime", "StopSignal", "Strategy", "part", "run_processes", "set_layers"]

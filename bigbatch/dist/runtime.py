@@ -150,6 +150,13 @@ class Runtime:
 
         return reduce
 
+    def collect(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every process."""
         if self.world_size == 1:

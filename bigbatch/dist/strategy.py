@@ -62,7 +62,7 @@ class Strategy(ABC):
     def backward(self, loss: Tensor, factor: float = 1.0, totals: Tensor | None = None) -> None:
         """Add the gradient of ``factor`` times ``loss``, 0-dim.
 
-        Where the strategy ``carries`` and gradients are exchanged, ``totals``, of shape (2,), become their sums over
+        Where the strategy ``carries`` and gradients are exchanged, ``totals``, of shape (3,), become their sums over
         all processes, rounded to the parameters' dtype.
         """
         torch.autograd.backward(loss, torch.full_like(loss, factor))
@@ -162,13 +162,13 @@ def make_plain(model: nn.Module, *, strategy: str) -> None:
 
 
 class _Carrier(nn.Module):
-    """A model with two numbers more, whose "gradients" travel in the buckets of the others: no collective of their own
-    tells the processes the loss and the weight of all."""
+    """A model with three numbers more, whose "gradients" travel in the buckets of the others: no collective of their
+    own tells the processes the loss and the weight of all, and whether one is to stop."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.sums = nn.Parameter(next(p for p in model.parameters() if p.requires_grad).new_zeros(2))
+        self.sums = nn.Parameter(next(p for p in model.parameters() if p.requires_grad).new_zeros(3))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

@@ -5,12 +5,13 @@ from .checkpoint import open_checkpoint, open_newest
 from .evaluate import evaluate
 from .guard import check_ranks, fingerprints
 from .loop import train
-from .state import Clock, Parts, RunError, StepReport
+from .state import Clock, Parts, Preempted, RunError, StepReport
 from .step import train_step
 
 __all__ = [
     "Clock",
     "Parts",
+    "Preempted",
     "RunError",
     "StepReport",
     "assemble",

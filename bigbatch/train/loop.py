@@ -8,29 +8,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bigbatch.config import ConfigError, RunConfig, dump_config
+from bigbatch.dist import StopSignal
 from bigbatch.measure import Throughput
 from bigbatch.tracking import Trackers, build_trackers
 
 from .checkpoint import Checkpoints, Saved
+from .diagnose import diagnose
 from .evaluate import evaluate
 from .guard import check_ranks
-from .state import Clock, Parts, RunError, StepReport
+from .state import Clock, Parts, Preempted, RunError, StepReport
 from .step import train_step
 
-SUMMARY = "summary.json"
+SUMMARY, PREEMPTED = "summary.json", "preempted.json"
 FREE_ON_RESUME = ("run", "eval", "checkpoint", "tracking", "parallel", "debug")
 """Sections that may change when a run goes on; everything else defines which run it is."""
 
 
-def train(parts: Parts) -> dict[str, Any]:
+def train(parts: Parts, stop: StopSignal) -> dict[str, Any]:
     """Run to the end of the plan and return the summary, which is also written to ``run.dir/summary.json``.
 
     Goes on from the newest whole checkpoint in ``run.dir``. A run that ``run.stop_after`` ends early has neither
-    metrics nor a summary file yet. Raises RunError where the run cannot go on and ConfigError where the directory
-    holds another run.
+    metrics nor a summary file yet. A process that is asked to ``stop`` stops them all after the same step: they save,
+    leave ``run.dir/preempted.json`` and raise Preempted. Raises RunError where the run cannot go on and ConfigError
+    where the directory holds another run.
     """
     run = Path(parts.config.run.dir)
     settings = parts.config.checkpoint
@@ -42,7 +45,7 @@ def train(parts: Parts) -> dict[str, Any]:
     complete = parts.runtime.agree(clock.samples >= parts.plan.samples and (run / SUMMARY).is_file())
     if complete:
         return json.loads((run / SUMMARY).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    seconds = float(saved.state["seconds"]) if saved else 0.0
+    seconds, late = (float(saved.state["seconds"]), bool(saved.state.get("late"))) if saved else (0.0, False)
     if parts.runtime.rank == 0:
         _write_inputs(parts, run)
         if saved:
@@ -59,8 +62,11 @@ def train(parts: Parts) -> dict[str, Any]:
     _announce(trackers, clock, saved, damage, parts)
     meter = Throughput(seconds=seconds)
     try:
-        validation = _steps(parts, clock, trackers, checkpoints, meter)
+        validation = _steps(parts, clock, trackers, checkpoints, meter, stop, late=late)
         summary = _finish(parts, clock, trackers, meter, validation)
+    except Preempted:
+        trackers.finish("preempted")
+        raise
     except BaseException:
         trackers.finish("failed")
         raise
@@ -69,10 +75,23 @@ def train(parts: Parts) -> dict[str, Any]:
 
 
 def _steps(
-    parts: Parts, clock: Clock, trackers: Trackers, checkpoints: Checkpoints, meter: Throughput
+    parts: Parts,
+    clock: Clock,
+    trackers: Trackers,
+    checkpoints: Checkpoints,
+    meter: Throughput,
+    stop: StopSignal,
+    *,
+    late: bool,
 ) -> dict[str, float] | None:
-    """Take every step of the plan; the metrics of the last step's evaluation, or None where no step was left."""
+    """Take every step of the plan; the metrics of the last step's evaluation, or None where no step was left.
+
+    ``late``: the last step's evaluation is still to be done.
+    """
     plan, metrics = parts.plan, None
+    if late:
+        metrics = _validate(parts, clock, trackers)
+        _save(parts, clock, checkpoints, metrics=metrics, seconds=meter.seconds)
     meter.resume()
     while clock.samples < plan.stop_samples:
         before, after = clock.samples, clock.samples + plan.window(clock.samples)
@@ -80,7 +99,7 @@ def _steps(
         def due(every: int, before: int = before, after: int = after) -> bool:
             return plan.is_due(every, before=before, after=after)
 
-        report = train_step(parts, samples=before, want_loss=due(plan.track_every))
+        report = train_step(parts, samples=before, stop=stop.asked is not None)
         clock.samples, clock.step = after, clock.step + 1
         meter.add(report.global_batch)
         if due(plan.track_every):
@@ -90,14 +109,21 @@ def _steps(
         if plan.check_every and due(plan.check_every):
             # Running statistics are each process's own until they are merged.
             check_ranks(parts, clock, dict(parts.model.named_parameters()))
-        metrics = None
-        if due(plan.eval_every):
-            metrics = evaluate(parts, "validation")
-            trackers.log({"event": "eval", "split": "validation", **_where(clock), **metrics})
-        if due(plan.checkpoint_every) or after >= plan.stop_samples:
-            _save(parts, clock, checkpoints, metrics=metrics, seconds=meter.seconds)
+        # An evaluation may take longer than there is left; whoever goes on makes up for it.
+        late = due(plan.eval_every) and report.stop
+        metrics = _validate(parts, clock, trackers) if due(plan.eval_every) and not late else None
+        if due(plan.checkpoint_every) or after >= plan.stop_samples or report.stop:
+            _save(parts, clock, checkpoints, metrics=metrics, seconds=meter.seconds, late=late)
+        if report.stop:
+            _preempted(parts, clock, stop)
         meter.resume()
     meter.pause()
+    return metrics
+
+
+def _validate(parts: Parts, clock: Clock, trackers: Trackers) -> dict[str, float]:
+    metrics = evaluate(parts, "validation")
+    trackers.log({"event": "eval", "split": "validation", **_where(clock), **metrics})
     return metrics
 
 
@@ -110,7 +136,7 @@ def _guard(parts: Parts, clock: Clock, report: StepReport) -> None:
             way_out += ", or see whether all weights of a batch can be 0"
         raise RunError(
             f"step {clock.step}: the gradient was not finite in {limit} steps in a row (run.nonfinite_limit): "
-            f"stopped at learning rate {report.lr:g}: {way_out}"
+            f"stopped at learning rate {report.lr:g}: {diagnose(parts, clock.samples - report.global_batch)}: {way_out}"
         )
 
 
@@ -140,7 +166,13 @@ def _where(clock: Clock) -> dict[str, int]:
 
 
 def _save(
-    parts: Parts, clock: Clock, checkpoints: Checkpoints, *, metrics: dict[str, float] | None, seconds: float
+    parts: Parts,
+    clock: Clock,
+    checkpoints: Checkpoints,
+    *,
+    metrics: dict[str, float] | None,
+    seconds: float,
+    late: bool = False,
 ) -> None:
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     if parts.plan.check_every:
@@ -152,10 +184,22 @@ def _save(
         **asdict(clock),
         "seconds": seconds,
         "metrics": metrics,
+        "late": late,
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
     checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state)
+
+
+def _preempted(parts: Parts, clock: Clock, stop: StopSignal) -> NoReturn:
+    """Leave a note that the run is to go on, for launchers, which do not hand on exit codes."""
+    run = Path(parts.config.run.dir)
+    if parts.runtime.rank == 0:
+        part = run / f".{PREEMPTED}.part"
+        part.write_text(json.dumps({"signal": stop.asked, **_where(clock)}), encoding="utf-8")
+        part.replace(run / PREEMPTED)
+    parts.runtime.agree(None)  # none leaves before the note is there
+    raise Preempted(f"{run}: asked to stop, saved after step {clock.step}; the same command goes on")
 
 
 def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequence[str]]:
@@ -220,6 +264,7 @@ def _write_inputs(parts: Parts, run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         # The run is not complete, whatever another one may have left here.
         (run / SUMMARY).unlink(missing_ok=True)
+        (run / PREEMPTED).unlink(missing_ok=True)
         (run / "config.yaml").write_text(dump_config(parts.config), encoding="utf-8")
         (run / "plan.json").write_text(parts.plan.to_json(), encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -21,6 +21,10 @@ class RunError(RuntimeError):
     """The run cannot go on, for a reason the message gives; the CLI exits 1 with it, without a traceback."""
 
 
+class Preempted(Exception):
+    """The run was asked to stop and has saved all that it is; the same command goes on."""
+
+
 @dataclass
 class Clock:
     """Where a run is. Samples are the clock; ``skipped_in_a_row`` counts steps whose gradient was not finite."""
@@ -54,10 +58,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step. ``loss`` is the mean over the window, or None where it was not asked for."""
+    """One optimiser step. ``loss`` is the mean over the window; ``stop``: some process was asked to stop."""
 
-    loss: float | None
+    loss: float
     lr: float
     grad_norm: float
     global_batch: int
     skipped: bool
+    stop: bool

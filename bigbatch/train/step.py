@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,13 +15,13 @@ from bigbatch.keyed import fold
 from .state import Parts, StepReport
 
 
-def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
+def train_step(parts: Parts, *, samples: int, stop: bool = False) -> StepReport:
     """Train on the window that starts after ``samples`` samples.
 
     The gradient is Σ loss / Σ weight over the whole window, whatever the number of processes, the accumulation and the
-    size of the window. One gradient exchange per step carries the sums of losses and weights too; where it cannot, an
-    all-reduce of both runs beside the last backward pass, if the loss is asked for or weights are no sample counts. A
-    gradient that is not finite changes nothing but the clock.
+    size of the window. One gradient exchange per step carries the sums of losses and weights too, and whether a process
+    is to ``stop``; where it cannot, an all-reduce of the three runs beside the last backward pass. A gradient that is
+    not finite changes nothing but the clock.
     """
     plan, runtime, task, strategy = parts.plan, parts.runtime, parts.task, parts.strategy
     size, lr = plan.window(samples), plan.lr(samples)
@@ -28,9 +29,9 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     # Gradients are as large on their way whether the exchange divides them or not.
     scale = parts.scale.value * plan.world_size / strategy.divides_by if parts.scale else 1.0
     factor = strategy.divides_by * scale / size
-    wanted = want_loss or not task.weight_is_count
     strategy.zero_grad()
-    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    totals[2] = stop
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
         batch = parts.loader.train(shift(piece, samples), window=window)
@@ -40,19 +41,17 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
                 loss, weight = task.loss(strategy.wrapped, batch)
             if not piece:
                 loss, weight = loss * 0, weight * 0
-            if wanted:
-                totals += torch.stack([loss.detach(), weight])
-            if wanted and last and not strategy.carries:
+            totals[:2] += torch.stack([loss.detach(), weight])
+            if last and not strategy.carries:
                 arrive = runtime.start_sum(totals)
-            strategy.backward(loss, factor, totals if wanted else None)
-    if wanted and not strategy.carries:
+            strategy.backward(loss, factor, totals)
+    if not strategy.carries:
         arrive()
 
     # So far the gradient is scaled, and divided by the samples where it should be by their weight.
-    total, weight = totals
     held = strategy.held()
     if parts.scale or not task.weight_is_count:
-        share = 1.0 if task.weight_is_count else size / weight
+        share = 1.0 if task.weight_is_count else size / totals[1]
         torch._foreach_mul_([gradient for _, gradient in held], share / scale)
     clip = parts.config.clip
     norm = float(clip_held(held, kind=clip.kind, max=clip.max, sum_parts=strategy.sum_parts))
@@ -68,8 +67,9 @@ def train_step(parts: Parts, *, samples: int, want_loss: bool) -> StepReport:
     if parts.scale:
         parts.scale.update(finite=finite)
 
-    mean = float(total / weight) if want_loss else None
-    return StepReport(loss=mean, lr=lr, grad_norm=norm, global_batch=size, skipped=not finite)
+    total, weight, stops = totals.tolist()
+    mean = total / weight if weight else math.nan
+    return StepReport(loss=mean, lr=lr, grad_norm=norm, global_batch=size, skipped=not finite, stop=stops > 0)
 
 
 def my_pieces(parts: Parts, samples: int) -> list[range]:

@@ -117,7 +117,7 @@ def trained(rank: int, recipe: dict[str, Any], start: End | None = None, until: 
         samples, start = start.samples, copy.deepcopy(start)  # pipes between processes share a tensor's memory
         parts.strategy.load(start.model, start.optimizer)
     while samples < min(parts.plan.samples, until):
-        norms.append(train_step(parts, samples=samples, want_loss=False).grad_norm)
+        norms.append(train_step(parts, samples=samples).grad_norm)
         samples += parts.plan.window(samples)
     return ended(parts, samples, norms)
 
@@ -165,9 +165,9 @@ def test_a_run_goes_on_in_any_layout(world: Any) -> None:
 
 def collectives(rank: int, recipe: dict[str, Any]) -> list[tuple[str, int]]:
     parts = parts_of(recipe)
-    train_step(parts, samples=0, want_loss=False)
+    train_step(parts, samples=0)
     with torch.profiler.profile(record_shapes=True) as profile:
-        train_step(parts, samples=64, want_loss=False)
+        train_step(parts, samples=64)
     return [(e.name, math.prod(e.input_shapes[0])) for e in profile.events() if e.name.startswith("gloo:")]
 
 
@@ -177,6 +177,7 @@ def test_all_trust_ratios_take_one_collective(world: Any, name: str, stage: int)
     found = world(2)(collectives, sections(name, stage))[0]
     # LAMB's prenormalize wants a norm of its own, beside the one to clip by.
     gradients = [("gloo:all_reduce", 1006)] * (1 if stage == 1 else 4)
+    gradients.insert(-1, ("gloo:all_reduce", 3))  # loss, weight and stop, beside the last backward pass
     norms = [("gloo:all_reduce", 1)] * (2 if name == "lamb" else 1)
     ratios = [("gloo:all_reduce", 3 * 8)]  # of head.bias and the seven of `rest`
     weights = [("gloo:all_gather", size) for size in (6, 24, 474)]
@@ -202,7 +203,7 @@ def skipping(rank: int, recipe: dict[str, Any]) -> tuple[End, bool, list[bool]]:
     skipped, same = [], True
     for number in range(5):
         before = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
-        skipped.append(train_step(parts, samples=64 * number, want_loss=False).skipped)
+        skipped.append(train_step(parts, samples=64 * number).skipped)
         if skipped[-1]:
             same = all(torch.equal(p, before[name]) for name, p in parts.model.named_parameters())
     return ended(parts, 320, []), same, skipped

@@ -38,7 +38,7 @@ def parts_of(world: int, **sections: Any) -> Parts:
 
 
 def steps(parts: Parts, count: int) -> list[float | None]:
-    return [train_step(parts, samples=96 * i, want_loss=True).loss for i in range(count)]
+    return [train_step(parts, samples=96 * i).loss for i in range(count)]
 
 
 def weights(parts: Parts) -> Tensor:
@@ -53,7 +53,7 @@ def carried(rank: int, sections: dict[str, Any]) -> tuple[list[float | None], li
     parts = parts_of(2, **sections)
     losses = steps(parts, 1)
     with torch.profiler.profile() as profile:
-        losses += [train_step(parts, samples=96 * i, want_loss=True).loss for i in (1, 2)]
+        losses += [train_step(parts, samples=96 * i).loss for i in (1, 2)]
     return losses, [event.name for event in profile.events() if event.name.startswith("gloo:")]
 
 
@@ -100,7 +100,7 @@ def compressed(rank: int, sections: dict[str, Any]) -> tuple[list[float | None],
 
     dist.all_reduce = counted
     try:
-        losses += [train_step(parts, samples=96 * 5, want_loss=False).loss]
+        losses += [train_step(parts, samples=96 * 5).loss]
     finally:
         dist.all_reduce = whole
     return losses[:5], weights(parts), sum(payload)
@@ -119,7 +119,7 @@ def test_compressed_gradients(two: Ranks, compression: dict[str, Any], away: flo
     assert 0 < moved < away
     assert losses == pytest.approx(steps(parts_of(1), 5), rel=0.05)
     whole = 4 * ours.numel()
-    assert payload < (0.6 if compression["compression"] == "powersgd" else 0.501) * whole
+    assert payload < (0.6 if compression["compression"] == "powersgd" else 0.502) * whole
 
 
 def spoilt(rank: int) -> list[bool]:
@@ -132,7 +132,7 @@ def spoilt(rank: int) -> list[bool]:
                 name: tensor * float("inf") if name == "image" else tensor
                 for name, tensor in train(*args, **kwargs).items()
             }
-        skipped.append(train_step(parts, samples=96 * i, want_loss=True).skipped)
+        skipped.append(train_step(parts, samples=96 * i).skipped)
         parts.loader.train = train
     return skipped
 
@@ -151,7 +151,7 @@ def scaled(rank: int, strategy: str) -> float:
         return held()
 
     parts.strategy.held = look
-    train_step(parts, samples=0, want_loss=False)
+    train_step(parts, samples=0)
     square = torch.tensor(seen[0])
     if parts.strategy.sum_parts:
         parts.strategy.sum_parts(square)
@@ -169,7 +169,7 @@ def probed(rank: int, compression: str) -> tuple[float, float, Tensor]:
     parts, squares = parts_of(2), []
     parts.strategy._parallel = parts.config.parallel.model_copy(update={"compression": compression})
     parts.strategy.start([lambda bucket: squares.append(float(bucket.buffer().square().sum()))])
-    train_step(parts, samples=0, want_loss=False)
+    train_step(parts, samples=0)
     alone = parts_of(2)
     with alone.strategy.exchange(when=False):
         for first in (0, 48):

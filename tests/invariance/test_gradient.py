@@ -111,7 +111,7 @@ class Result:
 def step(rank: int, case: Case) -> Result:
     """One step in a layout."""
     parts = case.parts(torch.distributed.get_world_size())
-    report = train_step(parts, samples=case.start, want_loss=True)
+    report = train_step(parts, samples=case.start)
     parts.stats.merge(parts.runtime.sum, rank)
     assert report.loss is not None and report.global_batch == case.size
     gradients = [p.grad.flatten() for p in parts.model.parameters() if p.grad is not None]

@@ -58,7 +58,7 @@ def parts_of(optim: str, strategy: str, precision: str = "fp64") -> Parts:
 
 
 def take(parts: Parts, steps: range) -> list[float | None]:
-    reports = [train_step(parts, samples=BATCH * step, want_loss=True) for step in steps]
+    reports = [train_step(parts, samples=BATCH * step) for step in steps]
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     return [number for report in reports for number in (report.loss, report.grad_norm)]
 
@@ -134,7 +134,7 @@ def collectives(rank: int, optim: str, strategy: str) -> Counter[str]:
     parts = parts_of(optim, strategy)
     take(parts, range(2))
     with profile() as profiler:
-        train_step(parts, samples=2 * BATCH, want_loss=True)
+        train_step(parts, samples=2 * BATCH)
     return Counter(event.name.removeprefix("c10d::") for event in profiler.events() if "c10d" in event.name)
 
 

@@ -15,7 +15,7 @@ def test_mixed_windows_and_class_weights_do_not_depend_on_the_cut(weights: list[
         task = {"class_weights": weights, "label_smoothing": 0.1}
         norm = {"kind": "group", "groups": 2}
         parts = assembled(batch={"global": 75, "micro": micro}, data=MIXED, task=task, norm=norm)
-        report = train_step(parts, samples=1050, want_loss=True)
+        report = train_step(parts, samples=1050)
         results.append((report.loss, gradients(parts)))
     for loss, grads in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-12)
@@ -28,5 +28,5 @@ def test_a_window_without_weight_is_skipped() -> None:
     labels = [parts.loader.train(range(at, at + 2))["label"] for at in range(0, 40, 2)]
     at = 2 * next(i for i, label in enumerate(labels) if not (label == 9).any())
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
-    assert train_step(parts, samples=at, want_loss=True).skipped
+    assert train_step(parts, samples=at).skipped
     assert all(torch.equal(before[name], tensor) for name, tensor in parts.model.state_dict().items())

@@ -25,7 +25,7 @@ def one_step(rank: int, micro: int) -> tuple[dict[str, torch.Tensor], list[int],
     group = {"kind": "group", "groups": 2}
     config = RunConfig.model_validate(merge(BASE, {"batch": {"global": 96, "micro": micro}, "norm": group}))
     parts = assemble(config, resolve(config, world_size=2, dataset_size=1085), Runtime(precision="fp64"))
-    report = train_step(parts, samples=960, want_loss=True)
+    report = train_step(parts, samples=960)
     seen = [
         int(i)
         for piece in my_pieces(parts, 960)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bigbatch.dist import StopSignal
 from bigbatch.train import train
 from train.assembled import assembled
 
@@ -20,7 +21,7 @@ def steps(run: Path, micro: int, **more: Any) -> list[dict[str, Any]]:
         tracking={"console": "none"},
         run={"dir": str(run), **more},
     )
-    train(parts)
+    train(parts, StopSignal(grace=60))
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [event for event in events if event["event"] == "step"]
 

@@ -26,7 +26,7 @@ def test_gradient_is_that_of_the_mean_over_the_window(micro: int, smoothing: flo
     batch = parts.loader.train(range(96))
     loss = cross_entropy(parts.model(batch["image"]), batch["label"], label_smoothing=smoothing)
     expected = torch.autograd.grad(loss, list(parts.model.parameters()))
-    report = train_step(parts, samples=0, want_loss=True)
+    report = train_step(parts, samples=0)
     for grad, parameter in zip(expected, parts.model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-10, atol=1e-12)
     assert report.loss == pytest.approx(loss.item(), rel=1e-12)
@@ -42,7 +42,7 @@ def test_short_last_window_is_divided_by_its_own_size() -> None:
     batch = parts.loader.train(range(last, last + size))
     loss = cross_entropy(parts.model(batch["image"]), batch["label"])
     expected = torch.autograd.grad(loss, list(parts.model.parameters()))
-    assert train_step(parts, samples=last, want_loss=False).global_batch == size
+    assert train_step(parts, samples=last).global_batch == size
     for grad, parameter in zip(expected, parts.model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-10, atol=1e-12)
 
@@ -54,7 +54,7 @@ def test_accumulation_changes_nothing_with_a_batch_norm_span(span: int) -> None:
         parts = assembled(batch={"global": 96, "micro": micro}, norm={"span": span})
         samples = 0
         for _ in range(3):
-            train_step(parts, samples=samples, want_loss=False)
+            train_step(parts, samples=samples)
             samples += 96
         results.append((gradients(parts), {k: v.clone() for k, v in parts.model.state_dict().items()}))
     for grads, state in results[1:]:
@@ -85,7 +85,7 @@ def test_unequal_weights_are_divided_once_by_their_sum(micro: int) -> None:
     each = cross_entropy(parts.model(batch["image"]), batch["label"], reduction="none")
     loss = (each * batch["label"]).sum() / batch["label"].sum()
     expected = torch.autograd.grad(loss, list(parts.model.parameters()))
-    report = train_step(parts, samples=0, want_loss=True)
+    report = train_step(parts, samples=0)
     assert report.loss == pytest.approx(loss.item(), rel=1e-12)
     for grad, parameter in zip(expected, parts.model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-10, atol=1e-12)
@@ -94,7 +94,7 @@ def test_unequal_weights_are_divided_once_by_their_sum(micro: int) -> None:
 def test_clipping_is_once_per_update() -> None:
     parts = assembled(batch={"global": 96, "micro": 24}, clip={"kind": "norm", "max": 0.01}, norm=GROUP)
     free = assembled(batch={"global": 96, "micro": 96}, norm=GROUP)
-    report, whole = (train_step(p, samples=0, want_loss=False) for p in (parts, free))
+    report, whole = (train_step(p, samples=0) for p in (parts, free))
     assert report.grad_norm == pytest.approx(whole.grad_norm, rel=1e-10)
     clipped = math.sqrt(sum(float(grad.square().sum()) for grad in gradients(parts).values()))
     assert clipped == pytest.approx(0.01, rel=1e-4)
@@ -105,7 +105,7 @@ def test_the_rate_is_the_plans() -> None:
     groups = [{"match": "bias_and_norm", "lr_scale": 0.5}, {"match": "rest"}]
     halves = assembled(optim={"groups": groups}, warmup={"kind": "gradual", "duration": "50%", "start": "zero"})
     for run in (parts, halves):
-        report = train_step(run, samples=192, want_loss=False)
+        report = train_step(run, samples=192)
         assert report.lr == run.plan.lr(192) > 0
     assert [g["lr"] for g in halves.strategy.optimizer.param_groups] == [parts.plan.lr(192) / 2, parts.plan.lr(192)]
 
@@ -115,14 +115,14 @@ def test_overflow_in_fp16_skips_the_step_and_halves_the_scale() -> None:
     assert parts.scale is not None
     parts.scale.value = 2.0**60
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
-    report = train_step(parts, samples=0, want_loss=True)
+    report = train_step(parts, samples=0)
     assert report.skipped
     assert parts.scale.value == 2.0**59
     assert not parts.strategy.optimizer.state
     assert all(torch.equal(before[name], tensor) for name, tensor in parts.model.state_dict().items())
 
     parts.scale.value = 256.0
-    report = train_step(parts, samples=96, want_loss=True)
+    report = train_step(parts, samples=96)
     assert not report.skipped
     assert report.lr == parts.plan.lr(96)
     assert any(not torch.equal(before[name], tensor) for name, tensor in parts.model.state_dict().items())
@@ -131,7 +131,7 @@ def test_overflow_in_fp16_skips_the_step_and_halves_the_scale() -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_low_precision_gradient_is_unscaled_before_it_is_read(precision: str) -> None:
     exact, low = assembled(precision="fp32"), assembled(precision=precision, clip={"kind": "norm", "max": 1e9})
-    reports = [train_step(parts, samples=0, want_loss=True) for parts in (exact, low)]
+    reports = [train_step(parts, samples=0) for parts in (exact, low)]
     assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=0.05)
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=0.01)
     assert next(low.model.parameters()).dtype == torch.float32
@@ -175,7 +175,7 @@ def test_class_weights_do_not_hold_the_images_of_a_step(monkeypatch: pytest.Monk
         return batch
 
     monkeypatch.setattr(parts.loader, "train", watched)
-    train_step(parts, samples=0, want_loss=True)
+    train_step(parts, samples=0)
     assert most <= 3
 
 

@@ -13,8 +13,7 @@ import signal
 import socket
 import sys
 
-from torch.distributed import DistError
-from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError

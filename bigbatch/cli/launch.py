@@ -21,12 +21,11 @@ from typing import Any
 
 import psutil
 
-from bigbatch.cli import OK, _positive, make_plan
+from bigbatch.cli import OK, PREEMPTED, _positive, make_plan
 from bigbatch.config import ConfigError, load_config
 
 from .watchdog import say, supervise
 
-PREEMPTED = 75
 PORT = 29400
 JOIN = 600
 """Seconds in which the machines must have found each other, at the start and after a failure."""

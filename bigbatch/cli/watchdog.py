@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def supervise(
 ) -> int:
     """Run an agent until its workers are done, and again after each of ``restarts`` failures; the exit code.
 
-    The agent is the command, its workers are its child processes. It is killed, with them, after ``join`` seconds
+    The agent is the command, its workers are those of its children that lead a session of their own. It is killed, with them, after ``join`` seconds
     without any, and after ``stall`` seconds without any more; an agent that exits with ALONE has ``join`` seconds too
     and does not count. SIGTERM, SIGINT and SIGUSR1 reach the workers as SIGTERM, once: they have ``grace`` seconds to
     save and to end. An exit code of 0 or 2 is final.
@@ -96,11 +97,11 @@ def _attempt(
 
 
 def _workers(agent: int) -> set[psutil.Process]:
-    """The agent's child processes that have not ended; it may be in no state to notice that they have."""
+    """The agent's workers that have not ended; it may be in no state to notice that they have."""
     alive = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(agent).children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if child.status() != psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(child.pid) == child.pid and child.status() != psutil.STATUS_ZOMBIE:
                     alive.add(child)
     return alive

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if rest:
             args.overrides = [*args.overrides, *rest]
-        if not hasattr(args, "is_launcher"):
+        if args.verb in (_train, _evaluate, _verify):
             _check_launch()
         return int(args.verb(args))
     except ConfigError as error:
@@ -60,7 +60,7 @@ def entry() -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import launch
+    from . import doctor, launch
 
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
     launch.add_to(verb)
+    doctor.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     return parser
 
@@ -282,11 +283,22 @@ def _rank() -> int:
 
 
 def _check_launch() -> None:
-    """Plain srun starts processes that do not know of each other, and each would train on its own."""
-    inside = "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if inside and tasks != "1":
-        raise ConfigError(f"SLURM_STEP_NUM_TASKS = {tasks}: start torchrun once per node, as slurm/train.sbatch does")
+    """Refuse processes that were started as one of several and do not know of the others: each would train alone."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    # Where accelerate launch is to start several, it says where they meet, even if it then starts one.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes and has started one, as it does with --cpu and "
+            "MULTI_CPU: use one of launch/accelerate/, or bigbatch launch --nproc"
+        )
+    tasks = {"SLURM_STEP_NUM_TASKS": "srun"} | dict.fromkeys(("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"), "mpirun")
+    for variable, launcher in tasks.items():
+        if os.environ.get(variable, "1") != "1":
+            raise ConfigError(
+                f"{variable} = {os.environ[variable]}: {launcher} starts processes that do not know of each other; "
+                "have it start torchrun or bigbatch launch, once per node"
+            )
 
 
 def _say(message: str, code: int) -> int:

@@ -26,27 +26,27 @@ from .watchdog import ALONE
 PR_SET_PDEATHSIG = 1
 
 
-def main(arguments: list[str]) -> int:
-    """Workers of ``python ARGUMENT ...`` for the arguments ``SETTINGS ARGUMENT ...``, and their exit code.
+def main(text: str, *command: str) -> int:
+    """Workers that run ``python COMMAND``, and their exit code: 2 where the first that failed had it.
 
-    SETTINGS are a LaunchConfig's, in JSON, with ``host`` and ``port`` of the rendezvous and ``listen``, the address of
-    this machine to offer it on, or null. Returns 2 where the first worker that failed did, ALONE without a rendezvous.
+    ``text`` has a LaunchConfig's settings, in JSON, with ``host`` and ``port`` of the rendezvous and ``listen``: the
+    address of this machine to offer it on, or null. Without a rendezvous the exit code is ALONE.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    settings = json.loads(arguments[0])
+    settings = json.loads(text)
     host, port, listen = (settings.pop(name) for name in ("host", "port", "listen"))
     try:
         store = _offer(listen, port) if listen else None
         endpoint = f"{host}:{store.port if store else port}"
-        elastic_launch(LaunchConfig(**settings, rdzv_endpoint=endpoint), sys.executable)(*arguments[1:])
+        elastic_launch(LaunchConfig(**settings, rdzv_endpoint=endpoint), sys.executable)(*command)
         return OK
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"bigbatch: rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
         return USAGE if failure.exitcode == USAGE else FAILED
     except (DistError, RendezvousError) as error:
-        print(f"bigbatch: no rendezvous at {host}: {type(error).__name__}, {error.__cause__ or error}", file=sys.stderr)
+        print(f"bigbatch: no rendezvous at {host}: {error.__cause__ or error}", file=sys.stderr)
         return ALONE
     except SignalException:
         return FAILED
@@ -54,9 +54,8 @@ def main(arguments: list[str]) -> int:
 
 def _offer(address: str, port: int) -> TCPStore | None:
     """A store on one address of this machine; None where another agent has one there already."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        listener = socket.create_server((address, port), family=family)
+        listener = socket.create_server((address, port))
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -66,4 +65,4 @@ def _offer(address: str, port: int) -> TCPStore | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

@@ -138,7 +138,7 @@ def _route(head: str, port: str) -> tuple[str, str | None, str | None]:
     """This machine's address on the way to the head, the same where this is the head, and the interface between."""
     try:
         with socket.socket(type=socket.SOCK_DGRAM) as probe:
-            probe.connect((head, int(port or PORT)))  # sends nothing
+            probe.connect((head, int(port or PORT) or PORT))  # sends nothing
             address, peer = probe.getsockname()[0], probe.getpeername()[0]
     except (OSError, OverflowError, ValueError) as error:
         raise ConfigError(f"--head = {head}:{port}: cannot be reached ({error}); give HOST or HOST:PORT") from None

@@ -17,7 +17,7 @@ from bigbatch.cli import FAILED, OK, USAGE
 
 ALONE = 69
 """Exit code of an agent that has not found the others, or lost them (EX_UNAVAILABLE of sysexits.h)."""
-POLL = 0.2
+POLL, PAUSE = 0.2, 1.0
 
 
 class Limits(NamedTuple):
@@ -47,14 +47,14 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], *, restart
             return code
         if code != ALONE or worked:
             met = time.monotonic()
-            if not restarts:
+            if restarts <= 0:
                 return FAILED
             restarts -= 1
             say(f"starting again, {restarts} restarts are left")
         elif time.monotonic() > met + limits.join:
             say(f"the others have not been met for {limits.join:g} s")
             return FAILED
-        time.sleep(1)
+        time.sleep(PAUSE)
 
 
 def say(message: str) -> None:

@@ -11,6 +11,7 @@ from threading import Timer
 import psutil
 import pytest
 
+from bigbatch.cli import watchdog
 from bigbatch.cli.watchdog import ALONE, Limits, supervise
 
 LIMITS = Limits(join=20.0, stall=0.5, grace=20.0)
@@ -18,7 +19,10 @@ FOREVER = 'setsid sleep 1000 & echo $! >> "$PIDS"'
 
 
 @pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No long pauses, and afterwards the signal handlers of before."""
+    monkeypatch.setattr(watchdog, "POLL", 0.05)
+    monkeypatch.setattr(watchdog, "PAUSE", 0.05)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     yield

@@ -20,6 +20,7 @@ from bigbatch.config.models import Parallel
 
 from .deepspeed import Zero0, Zero12, deepspeed_accelerator, forget_launcher, stage_of
 from .fsdp2 import FullySharded
+from .heartbeat import Heartbeat, Progress
 from .strategy import Build, Replicas, Strategy
 from .zero1 import Zero1
 
@@ -30,6 +31,8 @@ REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 
 class Runtime:
     """One process of a run: who it is, where it computes, and how it sums with the others.
+
+    As a context manager it beats: see `Heartbeat`. ``progress`` is where the process says what it does.
 
     Only the model is given to Accelerate, and for DeepSpeed the optimiser; schedule, step, sampler and accumulation are
     bigbatch's own, since Accelerate's step the schedule once per process and average micro batches of unequal size.
@@ -48,6 +51,8 @@ class Runtime:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        self.progress = Progress(self.device)
+        self.heartbeat = Heartbeat(self.progress, rank=self.rank, world_size=self.world_size, parallel=parallel)
         if asked != self.world_size:
             raise ValueError(
                 f"WORLD_SIZE = {asked}: so many processes were asked for and {self.world_size} run; start with torchrun"
@@ -115,7 +120,8 @@ class Runtime:
 
     def sum(self, tensor: Tensor) -> None:
         """Sum a tensor over all processes, in place."""
-        self.start_sum(tensor)()
+        with self.progress.waiting():
+            self.start_sum(tensor)()
 
     def start_sum(self, tensor: Tensor) -> Callable[[], object]:
         """Begin to sum a tensor over all processes, in place; what is returned waits for the sum."""
@@ -128,7 +134,8 @@ class Runtime:
         """Every process's tensor, (world size, *shape), by rank."""
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
         if self.world_size > 1:
-            dist.all_gather(rows, tensor)
+            with self.progress.waiting():
+                dist.all_gather(rows, tensor)
         else:
             rows = [tensor]
         return torch.stack(rows)
@@ -154,7 +161,8 @@ class Runtime:
         """Every process's value, by rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            with self.progress.waiting():
+                dist.all_gather_object(values, value)
         return values
 
     def agree(self, value: Any) -> Any:
@@ -162,16 +170,24 @@ class Runtime:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self.progress.waiting():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def __enter__(self) -> Runtime:
+        self.heartbeat.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.heartbeat.stop()
         # After an error the other processes may be inside a collective, and leaving in order would wait for them.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether a collective has failed because another process is gone or does not answer."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _accelerator(parallel: Parallel) -> Accelerator:

@@ -1,7 +1,9 @@
-"""Checkpoints: directories that are whole or not there, with a checksum for every file.
+"""Checkpoints: directories that are whole or not there, and can tell.
 
 ``checkpoints/<step>/`` holds ``model.safetensors``, ``optimizer.pt`` (loads with ``weights_only=True``), ``state.json``
-and ``manifest.json``. Which is newest and which is best is read from the directories, never from a pointer.
+and ``manifest.json``, the SHA-256 of the three. The manifest is a function of the others, and the directory's name one
+of the state, so no byte can change and not be seen. What is being written or deleted has a name that begins with a dot.
+Which is newest and which is best is read from the directories, never from a pointer.
 """
 
 from __future__ import annotations
@@ -9,122 +11,210 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .state import RunError
 
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+State = dict[str, Any]
+MODEL, OPTIMIZER, STATE, MANIFEST = FILES = ("model.safetensors", "optimizer.pt", "state.json", "manifest.json")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint directory that was found whole."""
+    """A checkpoint directory that was found whole. ``sums`` are the SHA-256 of its files.
+
+    What is loaded is held against them once more, since it may be on another machine. RunError where it differs or
+    cannot be read.
+    """
 
     path: Path
-    state: dict[str, Any]
+    state: State
+    sums: dict[str, str]
 
-    def model(self) -> dict[str, torch.Tensor]:
-        return load_file(self.path / MODEL)
+    def model(self) -> State:
+        return self._load(MODEL, load_file)
 
-    def optimizer(self) -> dict[str, Any]:
-        return torch.load(self.path / OPTIMIZER, weights_only=True, map_location="cpu")  # type: ignore[no-any-return]
+    def optimizer(self) -> State:
+        """Tensors and plain values only: a file that would run code is not loaded, whatever its checksum."""
+        return self._load(OPTIMIZER, lambda path: torch.load(path, weights_only=True, map_location="cpu"))
+
+    def _load(self, name: str, load: Callable[[Path], State]) -> State:
+        with _reading(self.path):
+            if _sha256(self.path / name) != self.sums[name]:
+                raise RunError(f"checkpoint {self.path} is damaged: {name} is not what it was when it was verified")
+            return load(self.path / name)
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory.
 
-    def __init__(self, root: Path, *, keep: int, best: str, best_is: Literal["max", "min"]) -> None:
-        self.root = root
+    ``write`` background: a save copies all tensors to host memory, which is kept for the next one, and a thread writes
+    while training goes on. foreground: the caller waits, and nothing is copied. One save is in flight at a time.
+    ``check`` is called before a checkpoint takes its name, and may raise RunError. ``events`` are the saves that have
+    ended, to be logged and taken away: ``checkpoint``, with the seconds that training waited and that writing took, or
+    a ``warning``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        best: str,
+        best_is: Literal["max", "min"],
+        write: Literal["background", "foreground"] = "foreground",
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.root, self.events = root, deque[State]()
         self._keep, self._best, self._best_is = keep, best, best_is
+        self._background, self._check = write == "background", check
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._flight: Future[None] | None = None
+        self._host: Any = None
 
-    def save(
-        self, step: int, *, model: dict[str, torch.Tensor], optimizer: dict[str, Any], state: dict[str, Any]
-    ) -> Path:
-        """Write to a hidden directory, flush every file to the disk, rename; then delete what need not be kept."""
-        target = self.root / f"{step:08d}"
-        part = self.root / f".{target.name}.part"
-        try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            save_file(_apart(model), part / MODEL)
-            torch.save(optimizer, part / OPTIMIZER)
-            (part / STATE).write_text(json.dumps(state, indent=2))
-            sums = {name: _sha256(part / name) for name in (MODEL, OPTIMIZER, STATE)}
-            (part / MANIFEST).write_text(json.dumps(sums, indent=2))
-            for name in (*sums, MANIFEST):
-                _flush(part / name)
-            _flush(part)
-            if target.exists():
-                shutil.rmtree(target)
-            part.rename(target)
-            _flush(self.root)
-            self._prune()
-        except OSError as error:
-            raise RunError(
-                f"checkpoint {target} cannot be written: {error}; older checkpoints are untouched"
-            ) from error
+    def save(self, step: int, *, model: State, optimizer: State, state: State, since: float | None = None) -> Path:
+        """Begin a save, once the one before has ended; `wait` and ``events`` tell how it went.
+
+        ``state`` must go into JSON; its ``owner``, 0 where there is none, is for `newest`. Training has waited since
+        ``since`` on time.perf_counter, or from now on.
+        """
+        since = time.perf_counter() if since is None else since
+        self.wait()
+        state = {"owner": 0, "samples": 0, **state, "step": step}
+        if self._background:
+            model, optimizer, state = self._host = on_host((model, optimizer, state), self._host)
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.synchronize()
+        target = self.root / _name(step)
+        self._flight = self._thread.submit(self._write, target, model, optimizer, state, since)
+        if not self._background:
+            self.wait()
         return target
 
-    def newest(self) -> tuple[Saved | None, list[str]]:
-        """The newest whole checkpoint, and what is wrong with each newer one.
+    def wait(self) -> BaseException | None:
+        """Return when no save is in flight: None if the newest is on the disk, else the RunError that says why not."""
+        return self._flight.exception() if self._flight else None
 
-        None only where there is no checkpoint at all; RunError where there are some and none is whole.
+    def newest(self, *, valid: Callable[[int, int], bool] = lambda step, owner: True) -> tuple[Saved | None, list[str]]:
+        """The newest whole checkpoint that is ``valid`` by its step and owner, and what is wrong with each newer one.
+
+        None only where there is no checkpoint, or none that is ``valid``; RunError where the others are all damaged.
         """
-        damage: list[str] = []
-        for path in reversed(self._paths()):
+        damage, ousted = list[str](), list[str]()
+        for path in reversed(self.paths()):
             try:
-                return open_checkpoint(path), damage
+                saved = open_checkpoint(path)
             except RunError as error:
                 damage.append(str(error))
+                continue
+            step, owner = saved.state["step"], saved.state.get("owner", 0)
+            if valid(step, owner):
+                return saved, damage + ousted
+            ousted.append(f"checkpoint {path} is of owner {owner}, who had lost the run to another")
         if damage:
             raise RunError(
-                "no whole checkpoint is left: "
-                + "; ".join(damage)
-                + "; restore one, or start afresh in another run.dir"
+                f"no whole checkpoint is left: {'; '.join(damage)}; restore one, or start afresh in another run.dir"
             )
-        return None, []
+        return None, ousted
 
-    def set_aside(self, newest: Saved) -> None:
-        """Rename the damaged directories after the newest whole one, so that their steps can be saved again."""
-        for path in self._paths():
-            if int(path.name) > int(newest.path.name):
+    def set_aside(self, newest: Saved | None) -> None:
+        """Rename whatever `newest` passed over, so that its steps can be saved again and it is not kept for newer."""
+        for path in self.paths():
+            if newest is None or int(path.name) > int(newest.path.name):
                 aside = path.with_name(f"{path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove(aside)
                 path.rename(aside)
 
-    def _paths(self) -> list[Path]:
-        found = (path for path in self.root.glob("[0-9]*") if path.is_dir() and path.name.isdigit())
-        return sorted(found, key=lambda path: int(path.name))
+    def paths(self) -> list[Path]:
+        """Everything under the name of a checkpoint, whole or not, by step. Raises OSError where that cannot be read:
+        a disk that fails is not an empty one."""
+        try:
+            names = os.listdir(self.root)
+        except FileNotFoundError:
+            return []
+        steps = sorted({int(name) for name in names if name.isdecimal()})
+        return [self.root / _name(step) for step in steps if _name(step) in names]
 
-    def _prune(self) -> None:
-        paths = self._paths()
-        scores = [(score, path) for path in paths if (score := _score(path, self._best)) is not None]
-        sign = 1 if self._best_is == "max" else -1
-        kept = {max(scores, key=lambda pair: sign * pair[0])[1]} if scores else set()
+    def best_of(self, paths: Sequence[Path]) -> Path | None:
+        """The one with the best metric, of those that have it."""
+        scores = {path: score for path in paths if (score := _score(path, self._best)) is not None}
+        choose = max if self._best_is == "max" else min
+        return choose(scores, key=lambda path: scores[path], default=None)
+
+    def _write(self, target: Path, model: State, optimizer: State, state: State, since: float) -> None:
+        """Write to a hidden directory, flush every file to the disk, rename; then delete what need not be kept."""
+        began, part, old = time.perf_counter(), _hidden(target, "part"), _hidden(target, "old")
+        where = {"step": state["step"], "samples": state["samples"]}
+        try:
+            for leftover in self.root.glob(".[0-9]*.*"):
+                _remove(leftover)
+            part.mkdir(parents=True)
+            save_file(_apart(model), part / MODEL)
+            with (part / OPTIMIZER).open("wb") as file:
+                torch.save(optimizer, file)
+            (part / STATE).write_text(json.dumps(state, indent=2))
+            (part / MANIFEST).write_bytes(_manifest(_sums(part)))
+            for path in (*(part / name for name in FILES), part):
+                _flush(path)
+            self._check()
+            if os.path.lexists(target):
+                target.rename(old)
+            part.rename(target)
+            for path in (self.root, self.root.parent):
+                _flush(path)
+            _remove(old)
+            self._prune(target)
+        except Exception as error:  # no fault of a save may end a run that can go on, nor go unseen
+            shutil.rmtree(part, ignore_errors=True)
+            # torch buries what the disk said under an error of its own.
+            cause = error.__context__ if type(error) is RuntimeError and error.__context__ else error
+            message = f"checkpoint {target} cannot be written: {cause}; older checkpoints are untouched"
+            self.events.append({"event": "warning", "code": "checkpoint_failed", **where, "message": message})
+            raise RunError(message) from error
+        ended = time.perf_counter()
+        stall = (began if self._background else ended) - since
+        self.events.append({"event": "checkpoint", **where, "stall_seconds": stall, "write_seconds": ended - began})
+
+    def _prune(self, newest: Path) -> None:
+        paths = self.paths()
+        paths = paths[: paths.index(newest) + 1]  # a later one is none of this run's
+        best = self.best_of(paths)
         for path in paths[: -self._keep]:
-            if path not in kept:
-                shutil.rmtree(path)
+            if path != best:
+                _discard(path)
 
 
 def open_checkpoint(path: Path) -> Saved:
-    """Verify every checksum. RunError names the directory and the file that is damaged or missing."""
-    try:
-        sums = json.loads((path / MANIFEST).read_text())
-        for name in (MODEL, OPTIMIZER, STATE):
-            if _sha256(path / name) != sums[name]:
-                raise RunError(f"checkpoint {path} is damaged: {name} does not match its checksum")
-        return Saved(path, json.loads((path / STATE).read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{Path(error.filename).name} is missing" if isinstance(error, FileNotFoundError) else f"{error!r}"
-        raise RunError(f"checkpoint {path} is damaged: {what}") from None
+    """Verify all of it. RunError names the directory and what is damaged, missing or not part of a checkpoint."""
+    with _reading(path):
+        plain = {entry.name: entry.is_file() and not entry.is_symlink() for entry in path.iterdir()}
+        found = {name if is_plain else f"{name} (no plain file)" for name, is_plain in plain.items()}
+        if wrong := sorted(found ^ {*FILES}):
+            raise RunError(f"checkpoint {path} is damaged: missing or out of place: {', '.join(wrong)}")
+        sums, manifest = _sums(path), (path / MANIFEST).read_bytes()
+        if manifest != _manifest(sums):
+            recorded = json.loads(manifest)
+            changed = [name for name in sums if recorded[name] != sums[name]] or [MANIFEST]
+            raise RunError(f"checkpoint {path} is damaged: {' and '.join(changed)} does not match its checksum")
+        state = json.loads((path / STATE).read_text())
+        if _name(state["step"]) != path.name:
+            raise RunError(f"checkpoint {path} is damaged: it holds step {state['step']}; was it renamed?")
+        return Saved(path, state, sums)
 
 
 def open_newest(root: Path) -> Saved:
@@ -137,10 +227,29 @@ def open_newest(root: Path) -> Saved:
     return saved
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def on_host(value: Any, before: Any = None) -> Any:
+    """A copy in host memory of the tensors in nested dicts, lists and tuples, made in that of an earlier copy,
+    ``before``, where it has the like in the same place.
+
+    From a GPU it goes to pinned memory, and may still be on its way on return.
+    """
+    if isinstance(value, dict):
+        named = before if isinstance(before, dict) else {}
+        return {key: on_host(item, named.get(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        listed = before if isinstance(before, list | tuple) else ()
+        return type(value)(map(on_host, value, chain(listed, repeat(None))))
+    if not isinstance(value, Tensor):
+        return value
+    if not isinstance(before, Tensor) or (before.shape, before.dtype) != (value.shape, value.dtype):
+        before = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    return before.copy_(value, non_blocking=True)
+
+
+def _apart(tensors: State) -> State:
     """Tensors as safetensors takes them: in their plain order, which convolution weights may not have, and a tied
     weight in memory of its own for each of its names."""
-    apart: dict[str, torch.Tensor] = {}
+    apart: State = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.contiguous()
@@ -149,24 +258,65 @@ def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return apart
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a checkpoint cannot be read for becomes a RunError that names it."""
+    try:
+        yield
+    except RunError:
+        raise
+    except pickle.UnpicklingError:
+        what = f"{OPTIMIZER} holds something else than tensors and plain values"
+        raise RunError(f"checkpoint {path}: {what} and was not loaded, since that could run code") from None
+    except Exception as error:  # a damaged file breaks its reader in any way
+        raise RunError(f"checkpoint {path} is damaged: {error!r}") from None
+
+
 def _score(path: Path, metric: str) -> float | None:
     try:
-        value = json.loads((path / STATE).read_text())["metrics"][metric]
+        sums, state = (json.loads((path / name).read_text()) for name in (MANIFEST, STATE))
+        value = state["metrics"][metric] if sums[STATE] == _sha256(path / STATE) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return value if isinstance(value, float) and value == value else None
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            yield block
+def _name(step: int) -> str:
+    return f"{step:08d}"
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint, which is whole or not there meanwhile, too."""
+    old = _hidden(path, "old")
+    _remove(old)
+    path.rename(old)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sums(path: Path) -> dict[str, str]:
+    return {name: _sha256(path / name) for name in (MODEL, OPTIMIZER, STATE)}
+
+
+def _manifest(sums: dict[str, str]) -> bytes:
+    return json.dumps(sums, indent=2).encode()
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

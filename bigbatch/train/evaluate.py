@@ -27,6 +27,7 @@ def evaluate(parts: Parts, split: Split) -> dict[str, float]:
     rounds = parts.loader.rounds(split, world_size=runtime.world_size, batch=size) if parts.strategy.lockstep else 0
     with torch.no_grad(), runtime.autocast():
         for batch, _ in zip_longest(batches, range(rounds)):
+            runtime.progress.enter("eval")
             sums = parts.task.evaluate(parts.model, batch or parts.loader.train(range(0)))
             if batch:
                 total += torch.stack([sums[name] for name in parts.task.sums])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bigbatch.config import ConfigError, RunConfig, dump_config
+from bigbatch.config import ConfigError, dump_config
 from bigbatch.dist import StopSignal
 from bigbatch.measure import Throughput
 from bigbatch.tracking import Trackers, build_trackers
@@ -19,37 +21,68 @@ from .checkpoint import Checkpoints, Saved
 from .diagnose import diagnose
 from .evaluate import evaluate
 from .guard import check_ranks
+from .lease import Lease
+from .resume import find, restore
 from .state import Clock, Parts, Preempted, RunError, StepReport
 from .step import train_step
 
 SUMMARY, PREEMPTED = "summary.json", "preempted.json"
-FREE_ON_RESUME = ("run", "eval", "checkpoint", "tracking", "parallel", "debug")
-"""Sections that may change when a run goes on; everything else defines which run it is."""
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run under way: its parts, where it is, who writes, and who listens."""
+
+    parts: Parts
+    clock: Clock
+    stop: StopSignal
+    lease: Lease
+    checkpoints: Checkpoints
+    trackers: Trackers
+    meter: Throughput
+
+    def log(self, event: str, **more: Any) -> None:
+        where = {"step": self.clock.step, "samples": self.clock.samples}
+        self.trackers.log({"event": event, **where, **more})
 
 
 def train(parts: Parts, stop: StopSignal) -> dict[str, Any]:
     """Run to the end of the plan and return the summary, which is also written to ``run.dir/summary.json``.
 
-    Goes on from the newest whole checkpoint in ``run.dir``. A run that ``run.stop_after`` ends early has neither
-    metrics nor a summary file yet. A process that is asked to ``stop`` stops them all after the same step: they save,
-    leave ``run.dir/preempted.json`` and raise Preempted. Raises RunError where the run cannot go on and ConfigError
-    where the directory holds another run.
+    Owns ``run.dir`` meanwhile, after waiting for a former owner to end, and goes on from the newest whole checkpoint
+    there. A run that ``run.stop_after`` ends early has neither metrics nor a summary file yet. A process that is asked
+    to ``stop`` stops them all after the same step: they save, leave ``run.dir/preempted.json`` and raise Preempted.
+    Raises RunError where the run cannot go on and ConfigError where the directory holds another run.
     """
-    run = Path(parts.config.run.dir)
-    settings = parts.config.checkpoint
-    checkpoints = Checkpoints(run / "checkpoints", keep=settings.keep, best=settings.best, best_is=settings.best_is)
-    saved, damage = _find(parts, checkpoints)
-    clock = _restore(parts, saved) if saved else Clock()
+    lease = Lease(Path(parts.config.run.dir), seconds=parts.config.run.lease)
+    try:
+        return _train(parts, stop, lease)
+    finally:
+        lease.release()
+
+
+def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
+    run, settings = Path(parts.config.run.dir), parts.config.checkpoint
+    checkpoints = Checkpoints(
+        run / "checkpoints",
+        keep=settings.keep,
+        best=settings.best,
+        best_is=settings.best_is,
+        write=settings.write,
+        check=lease.check,
+    )
+    saved, damage = find(parts, checkpoints, lease)
+    clock = restore(parts, saved) if saved else Clock()
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
     complete = parts.runtime.agree(clock.samples >= parts.plan.samples and (run / SUMMARY).is_file())
     if complete:
         return json.loads((run / SUMMARY).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    seconds, late = (float(saved.state["seconds"]), bool(saved.state.get("late"))) if saved else (0.0, False)
     if parts.runtime.rank == 0:
+        lease.begin(clock.step)
         _write_inputs(parts, run)
-        if saved:
-            checkpoints.set_aside(saved)
+        checkpoints.set_aside(saved)
     trackers = build_trackers(
         parts.config,
         run_dir=run,
@@ -59,39 +92,35 @@ def train(parts: Parts, stop: StopSignal) -> dict[str, Any]:
         rank=parts.runtime.rank,
     )
     trackers.start(parts.config.model_dump(mode="json", by_alias=True), asdict(parts.plan))
-    _announce(trackers, clock, saved, damage, parts)
-    meter = Throughput(seconds=seconds)
+    meter = Throughput(seconds=float(saved.state["seconds"]) if saved else 0.0)
+    session = Session(parts, clock, stop, lease, checkpoints, trackers, meter)
+    _announce(session, saved, damage)
     try:
-        validation = _steps(parts, clock, trackers, checkpoints, meter, stop, late=late)
-        summary = _finish(parts, clock, trackers, meter, validation)
+        validation = _steps(session, late=bool(saved and saved.state.get("late")))
+        summary = _finish(session, validation)
     except Preempted:
         trackers.finish("preempted")
         raise
     except BaseException:
+        checkpoints.wait()  # a save in flight is not lost with the run
+        _log_saves(session)
         trackers.finish("failed")
         raise
     trackers.finish("done")
     return summary
 
 
-def _steps(
-    parts: Parts,
-    clock: Clock,
-    trackers: Trackers,
-    checkpoints: Checkpoints,
-    meter: Throughput,
-    stop: StopSignal,
-    *,
-    late: bool,
-) -> dict[str, float] | None:
+def _steps(session: Session, *, late: bool) -> Metrics | None:
     """Take every step of the plan; the metrics of the last step's evaluation, or None where no step was left.
 
-    ``late``: the last step's evaluation is still to be done.
+    ``late``: the evaluation of the step that the run goes on from is still to be done.
     """
-    plan, metrics = parts.plan, None
+    parts, clock, meter = session.parts, session.clock, session.meter
+    plan, progress, metrics = parts.plan, parts.runtime.progress, None
+    progress.step = clock.step
     if late:
-        metrics = _validate(parts, clock, trackers)
-        _save(parts, clock, checkpoints, metrics=metrics, seconds=meter.seconds)
+        metrics = _validate(session)
+        _save(session, metrics)
     meter.resume()
     while clock.samples < plan.stop_samples:
         before, after = clock.samples, clock.samples + plan.window(clock.samples)
@@ -99,35 +128,67 @@ def _steps(
         def due(every: int, before: int = before, after: int = after) -> bool:
             return plan.is_due(every, before=before, after=after)
 
-        report = train_step(parts, samples=before, stop=stop.asked is not None)
+        report = train_step(parts, samples=before, stop=session.stop.asked is not None)
         clock.samples, clock.step = after, clock.step + 1
+        progress.step = clock.step
+        progress.enter("log")
         meter.add(report.global_batch)
         if due(plan.track_every):
-            trackers.log(_step_event(parts, clock, report, meter.read()))
-        _guard(parts, clock, report)
+            _log_step(session, report)
+        _look_around(session)
+        _guard(session, report)
         meter.pause()
         if plan.check_every and due(plan.check_every):
             # Running statistics are each process's own until they are merged.
             check_ranks(parts, clock, dict(parts.model.named_parameters()))
         # An evaluation may take longer than there is left; whoever goes on makes up for it.
         late = due(plan.eval_every) and report.stop
-        metrics = _validate(parts, clock, trackers) if due(plan.eval_every) and not late else None
+        metrics = _validate(session) if due(plan.eval_every) and not late else None
         if due(plan.checkpoint_every) or after >= plan.stop_samples or report.stop:
-            _save(parts, clock, checkpoints, metrics=metrics, seconds=meter.seconds, late=late)
+            _save(session, metrics, late=late)
         if report.stop:
-            _preempted(parts, clock, stop)
+            _leave(session)
         meter.resume()
     meter.pause()
+    _settle(session)
     return metrics
 
 
-def _validate(parts: Parts, clock: Clock, trackers: Trackers) -> dict[str, float]:
-    metrics = evaluate(parts, "validation")
-    trackers.log({"event": "eval", "split": "validation", **_where(clock), **metrics})
+def _validate(session: Session) -> Metrics:
+    metrics = evaluate(session.parts, "validation")
+    session.log("eval", split="validation", **metrics)
     return metrics
 
 
-def _guard(parts: Parts, clock: Clock, report: StepReport) -> None:
+def _log_step(session: Session, report: StepReport) -> None:
+    parts, more = session.parts, dict[str, Any]()
+    if report.skipped:
+        more["skipped"] = True
+    if parts.scale:
+        more["loss_scale"] = parts.scale.value
+    session.log(
+        "step",
+        epoch=session.clock.samples / parts.plan.epoch_samples,
+        loss=report.loss,
+        lr=report.lr,
+        grad_norm=report.grad_norm,
+        global_batch=report.global_batch,
+        samples_per_second=session.meter.read(),
+        **more,
+    )
+
+
+def _look_around(session: Session) -> None:
+    """What other threads have found out meanwhile. RunError where the directory has another owner now."""
+    for message in session.parts.runtime.heartbeat.warnings():
+        session.log("warning", code="straggler", message=message)
+    _log_saves(session)
+    if session.lease.lost:
+        session.lease.check()
+
+
+def _guard(session: Session, report: StepReport) -> None:
+    parts, clock = session.parts, session.clock
     clock.skipped_in_a_row = clock.skipped_in_a_row + 1 if report.skipped else 0
     limit = parts.config.run.nonfinite_limit
     if clock.skipped_in_a_row >= limit:
@@ -140,123 +201,53 @@ def _guard(parts: Parts, clock: Clock, report: StepReport) -> None:
         )
 
 
-def _step_event(parts: Parts, clock: Clock, report: StepReport, rate: float) -> dict[str, Any]:
-    event = {
-        "event": "step",
-        **_where(clock),
-        "epoch": clock.samples / parts.plan.epoch_samples,
-        "loss": report.loss,
-        "lr": report.lr,
-        "grad_norm": report.grad_norm,
-        "global_batch": report.global_batch,
-        "samples_per_second": rate,
-    }
-    if report.skipped:
-        event["skipped"] = True
-    if parts.scale:
-        event["loss_scale"] = parts.scale.value
-    return event
-
-
-def _where(clock: Clock) -> dict[str, int]:
-    return {"step": clock.step, "samples": clock.samples}
-
-
 # -------------------------------------------------------------------------------------- leaving and coming back
 
 
-def _save(
-    parts: Parts,
-    clock: Clock,
-    checkpoints: Checkpoints,
-    *,
-    metrics: dict[str, float] | None,
-    seconds: float,
-    late: bool = False,
-) -> None:
+def _save(session: Session, metrics: Metrics | None, *, late: bool = False) -> None:
+    since = time.perf_counter()
+    parts, clock = session.parts, session.clock
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
+    parts.runtime.progress.enter("save")
     model, optimizer = parts.strategy.model_state(), parts.strategy.optimizer_state()
     if parts.runtime.rank:
         return
     state = {
         **asdict(clock),
-        "seconds": seconds,
+        "seconds": session.meter.seconds,
         "metrics": metrics,
         "late": late,
+        "owner": session.lease.owner,
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
-    checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state)
+    session.checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state, since=since)
 
 
-def _preempted(parts: Parts, clock: Clock, stop: StopSignal) -> NoReturn:
-    """Leave a note that the run is to go on, for launchers, which do not hand on exit codes."""
-    run = Path(parts.config.run.dir)
-    if parts.runtime.rank == 0:
-        part = run / f".{PREEMPTED}.part"
-        part.write_text(json.dumps({"signal": stop.asked, **_where(clock)}), encoding="utf-8")
-        part.replace(run / PREEMPTED)
-    parts.runtime.agree(None)  # none leaves before the note is there
+def _log_saves(session: Session) -> None:
+    while session.checkpoints.events:
+        session.trackers.log(session.checkpoints.events.popleft())
+
+
+def _settle(session: Session) -> None:
+    """Wait until the last save is on the disk. RunError on every process where it is not."""
+    error = session.parts.runtime.agree(session.checkpoints.wait())
+    _log_saves(session)
+    if error:
+        raise error
+
+
+def _leave(session: Session) -> NoReturn:
+    """Make sure of the save and leave a note to go on, for launchers, which do not hand on exit codes."""
+    _settle(session)
+    run, clock = Path(session.parts.config.run.dir), session.clock
+    if session.parts.runtime.rank == 0:
+        note = {"signal": session.stop.asked, "step": clock.step, "samples": clock.samples}
+        _write(run / PREEMPTED, json.dumps(note))
+    session.parts.runtime.agree(None)  # none leaves before the note is there
     raise Preempted(f"{run}: asked to stop, saved after step {clock.step}; the same command goes on")
-
-
-def _find(parts: Parts, checkpoints: Checkpoints) -> tuple[Saved | None, Sequence[str]]:
-    """Rank 0 looks and all use what it found, so that no two processes go on from different steps."""
-    found: Any = None
-    if parts.runtime.rank == 0:
-        try:
-            found = checkpoints.newest()
-        except RunError as error:
-            found = error
-        except (OSError, ValueError) as error:
-            found = ConfigError(f"run.dir = {parts.config.run.dir!r}: no directory can have this name ({error})")
-    found = parts.runtime.agree(found)
-    if isinstance(found, Exception):
-        raise found
-    return found  # type: ignore[no-any-return]
-
-
-def _restore(parts: Parts, saved: Saved) -> Clock:
-    state = saved.state
-    _check_same_run(parts.config, state["recipe"], saved.path)
-    parts.strategy.load(saved.model(), saved.optimizer())
-    if parts.scale and state["loss_scale"]:
-        parts.scale.__dict__.update(state["loss_scale"])
-    return Clock(**{name: state[name] for name in asdict(Clock())})
-
-
-def _identity(config: RunConfig) -> dict[str, Any]:
-    tree = config.model_dump(mode="json", by_alias=True, exclude=set(FREE_ON_RESUME))
-    del tree["batch"]["micro"], tree["batch"]["micro_limit"]
-    for where in ("path", "download"):
-        tree["data"].pop(where, None)
-    # Rounded gradients are another run; how they lie over the processes is not.
-    tree["parallel"] = {"compression": config.parallel.compression}
-    return json.loads(json.dumps(tree))  # type: ignore[no-any-return]
-
-
-def _check_same_run(config: RunConfig, recipe: dict[str, Any], path: Path) -> None:
-    # Settings that were not there yet had the effect of their defaults.
-    try:
-        theirs = _flat(_identity(RunConfig.model_validate(recipe)))
-    except ValueError as error:
-        raise ConfigError(f"{path}: its recipe is of another version ({error}); give a new run.dir") from None
-    ours = _flat(_identity(config))
-    for key in ours | theirs:
-        if ours.get(key) != theirs.get(key):
-            raise ConfigError(
-                f"{key} = {ours.get(key)!r}: the run in {path.parent.parent} was started with {theirs.get(key)!r}; "
-                "set it back to go on, or give a new run.dir"
-            )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _write_inputs(parts: Parts, run: Path) -> None:
@@ -265,30 +256,29 @@ def _write_inputs(parts: Parts, run: Path) -> None:
         # The run is not complete, whatever another one may have left here.
         (run / SUMMARY).unlink(missing_ok=True)
         (run / PREEMPTED).unlink(missing_ok=True)
-        (run / "config.yaml").write_text(dump_config(parts.config), encoding="utf-8")
-        (run / "plan.json").write_text(parts.plan.to_json(), encoding="utf-8")
+        _write(run / "config.yaml", dump_config(parts.config))
+        _write(run / "plan.json", parts.plan.to_json())
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.dir = {run}: cannot be written ({error}); give another directory") from None
 
 
-def _announce(trackers: Trackers, clock: Clock, saved: Saved | None, damage: Sequence[str], parts: Parts) -> None:
+def _announce(session: Session, saved: Saved | None, damage: Sequence[str]) -> None:
     for message in damage:
-        trackers.log({"event": "warning", "code": "damaged_checkpoint", **_where(clock), "message": message})
+        session.log("warning", code="damaged_checkpoint", message=message)
     if saved:
-        trackers.log({"event": "resume", **_where(clock), "checkpoint": saved.path.name})
+        session.log("resume", checkpoint=saved.path.name)
         return
-    for warning in (*parts.plan.warnings, *parts.warnings):
-        trackers.log({"event": "warning", "code": warning.code, **_where(clock), "message": warning.message})
+    for warning in (*session.parts.plan.warnings, *session.parts.warnings):
+        session.log("warning", code=warning.code, message=warning.message)
 
 
-def _finish(
-    parts: Parts, clock: Clock, trackers: Trackers, meter: Throughput, validation: dict[str, float] | None
-) -> dict[str, Any]:
+def _finish(session: Session, validation: Metrics | None) -> dict[str, Any]:
     """The summary. The test part is read here, once, at the end of the plan, and nothing is chosen by it."""
+    parts, clock = session.parts, session.clock
     summary: dict[str, Any] = {
         "steps": clock.step,
         "samples": clock.samples,
-        "seconds": meter.seconds,
+        "seconds": session.meter.seconds,
         "world_size": parts.runtime.world_size,
     }
     if clock.samples < parts.plan.samples:
@@ -299,13 +289,28 @@ def _finish(
             f"the run ended with a validation loss of {validation['loss']}: lower optim.lr or lengthen the warmup"
         )
     test = evaluate(parts, "test")
-    trackers.log({"event": "eval", "split": "test", **_where(clock), **test})
+    session.log("eval", split="test", **test)
     summary["metrics"] = {**test, **{f"validation_{name}": value for name, value in validation.items()}}
     summary["parameters_sha256"] = parameters_sha256(parts)
     # Written last: a run that has a summary is complete.
     if parts.runtime.rank == 0:
-        (Path(parts.config.run.dir) / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        session.lease.check()
+        path = Path(parts.config.run.dir) / SUMMARY
+        try:
+            _write(path, json.dumps(summary, indent=2))
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error}; the same command ends the run then") from None
     return summary
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file that is whole or not there, whenever the process is killed or the disk is full."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def parameters_sha256(parts: Parts) -> str:

@@ -24,6 +24,7 @@ def train_step(parts: Parts, *, samples: int, stop: bool = False) -> StepReport:
     not finite changes nothing but the clock.
     """
     plan, runtime, task, strategy = parts.plan, parts.runtime, parts.task, parts.strategy
+    enter = runtime.progress.enter
     size, lr = plan.window(samples), plan.lr(samples)
     pieces, window = my_pieces(parts, samples), shift(range(size), samples)
     # Gradients are as large on their way whether the exchange divides them or not.
@@ -34,7 +35,9 @@ def train_step(parts: Parts, *, samples: int, stop: bool = False) -> StepReport:
     totals[2] = stop
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
+        enter("data")
         batch = parts.loader.train(shift(piece, samples), window=window)
+        enter("forward")
         parts.stats.empty(not piece)
         with strategy.exchange(when=last):
             with runtime.autocast(), dropout(parts, shift(piece, samples), window):
@@ -42,6 +45,8 @@ def train_step(parts: Parts, *, samples: int, stop: bool = False) -> StepReport:
             if not piece:
                 loss, weight = loss * 0, weight * 0
             totals[:2] += torch.stack([loss.detach(), weight])
+            if last:
+                enter("exchange")
             if last and not strategy.carries:
                 arrive = runtime.start_sum(totals)
             strategy.backward(loss, factor, totals)
@@ -55,6 +60,7 @@ def train_step(parts: Parts, *, samples: int, stop: bool = False) -> StepReport:
         torch._foreach_mul_([gradient for _, gradient in held], share / scale)
     clip = parts.config.clip
     norm = float(clip_held(held, kind=clip.kind, max=clip.max, sum_parts=strategy.sum_parts))
+    enter("update")
     finite = norm < float("inf")
     if finite:
         for group in strategy.optimizer.param_groups:

@@ -216,7 +216,7 @@ def test_settings_that_a_checkpoint_does_not_know_had_their_defaults(
     (newest / "state.json").write_text(json.dumps(state))
     sums = json.loads((newest / "manifest.json").read_text())
     sums["state.json"] = hashlib.sha256((newest / "state.json").read_bytes()).hexdigest()
-    (newest / "manifest.json").write_text(json.dumps(sums))
+    (newest / "manifest.json").write_text(json.dumps(sums, indent=2))
     assert train(recipe, run, "duration=1ep", "data.shuffle=100") == 2
     assert "data.shuffle = 100: the run in" in capsys.readouterr().err
     assert train(recipe, run, "duration=1ep") == 0

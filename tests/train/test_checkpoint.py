@@ -49,3 +49,66 @@ def test_tied_and_neighbouring_weights_keep_all_their_names(tmp_path: Path) -> N
     found = open_checkpoint(checkpoints.save(1, model=model, optimizer={}, state={})).model()
     assert found.keys() == model.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.items())
+
+
+def test_the_best_is_not_chosen_by_a_damaged_state(tmp_path: Path) -> None:
+    saved(tmp_path, {1: 0.5, 2: 0.4}, keep=3)
+    state = tmp_path / "00000002" / "state.json"
+    state.write_text(state.read_text().replace("0.4", "0.9"))
+    assert saved(tmp_path, {3: 0.1}, keep=1) == [1, 3]
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next_save(tmp_path: Path) -> None:
+    saved(tmp_path, {1: 0.5})
+    for name in (".00000002.part", ".00000001.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    assert saved(tmp_path, {2: 0.5}) == [1, 2]
+
+
+def test_a_checkpoint_is_whole_or_not_there_while_it_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, {1: None, 2: None})
+    checkpoints = Checkpoints(tmp_path, keep=1, best="accuracy", best_is="max")
+
+    def killed(path: Path, **_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        checkpoints.save(3, model={}, optimizer={}, state={})
+    assert [path.name for path in checkpoints.paths()] == ["00000002", "00000003"]
+    newest, damage = checkpoints.newest()
+    assert newest is not None and newest.path.name == "00000003" and damage == []
+
+
+def test_checkpoints_of_an_owner_who_had_lost_the_run_are_named_and_skipped(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=9, best="accuracy", best_is="max")
+    for step, owner in ((5, 1), (6, 2), (7, 1)):
+        checkpoints.save(step, model={}, optimizer={}, state={"owner": owner})
+    newest, damage = checkpoints.newest(valid=lambda step, owner: owner == 2 or step <= 5)
+    assert newest is not None and newest.path.name == "00000006"
+    assert len(damage) == 1 and "00000007" in damage[0] and "owner 1" in damage[0]
+    newest, ousted = checkpoints.newest(valid=lambda step, owner: False)
+    assert newest is None and len(ousted) == 3, "the run began afresh, so it does again"
+    checkpoints.set_aside(newest)
+    assert checkpoints.paths() == [] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_lies_after_the_newest_save_costs_no_checkpoint_of_the_run(tmp_path: Path) -> None:
+    assert saved(tmp_path, {9: 0.9}) == [9]
+    assert saved(tmp_path, {1: 0.5, 2: 0.1}, keep=1) == [1, 2, 9]
+
+
+def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
+    assert saved(tmp_path, {1: None}) == saved(tmp_path, {1: 0.5}) == [1]
+    assert open_checkpoint(tmp_path / "00000001").state["metrics"] == {"accuracy": 0.5}
+
+
+def test_a_directory_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "file", keep=1, best="accuracy", best_is="max")
+    assert checkpoints.newest() == (None, [])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        checkpoints.newest()

@@ -1,0 +1,169 @@
+"""``bigbatch checkpoint``: what a run has saved, whether it is whole, and out of one a model for plain PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigbatch import __version__
+from bigbatch.cli import FAILED, OK, _say
+from bigbatch.config import ConfigError, RunConfig, dump_config, load_config
+
+if TYPE_CHECKING:
+    from bigbatch.data import Dataset
+
+PLAN = ("what", "value", "why")
+CARD = """\
+# {model} on {data}
+
+Trained by bigbatch {version}: {steps} steps of the recipe in `config.yaml`.
+
+{scores}
+
+{plan}
+
+```python
+import torch
+from safetensors.torch import load_file
+{build}
+model.load_state_dict(load_file("model.safetensors"))
+model.eval()
+mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))
+images = torch.zeros(1, {shape}, dtype=torch.uint8)
+logits = model((images / 255 - mean) / std)
+```
+"""
+
+
+def add_checkpoint(verbs: Any) -> None:
+    """Add the verb to those of argparse."""
+    text = "List and verify a run's checkpoints, or export one as a plain model."
+    parser = verbs.add_parser("checkpoint", help=text, description=text)
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for run, path, text in (
+        (_ls, "run directory", "List steps, samples and sizes, what is damaged, the newest and the best."),
+        (_verify, "run directory", "Exit 1 and name it if one is damaged, or if there is none."),
+        (_export, "run directory or checkpoint", "Write weights, recipe and a model card to a new directory."),
+    ):
+        action = actions.add_parser(run.__name__[1:], help=text, description=text)
+        action.set_defaults(verb=run)
+        action.add_argument("path", help=path)
+    actions.choices["ls"].add_argument("--json", action="store_true", help="print the list as JSON")
+    actions.choices["export"].add_argument("dest", help="directory that is not there yet")
+
+
+def _ls(args: argparse.Namespace) -> int:
+    rows = _rows(_run(args.path))
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return OK
+    print(f"{'step':>8}  {'samples':>12}  {'MB':>8}")
+    for row in rows:
+        marks = [mark for mark in ("newest", "best") if row[mark]]
+        about = ", ".join([row["damage"] or "whole", *marks])
+        print(f"{row['step']:>8}  {row['samples'] or '':>12}  {row['bytes'] / 1e6:>8.1f}  {about}")
+    return OK
+
+
+def _verify(args: argparse.Namespace) -> int:
+    rows = _rows(_run(args.path))
+    damage = [row["damage"] for row in rows if row["damage"]]
+    if damage or not rows:
+        return _say("; ".join(damage) or f"{args.path}: no checkpoint yet; train first", FAILED)
+    print(f"{len(rows)} whole: {', '.join(row['path'] for row in rows)}")
+    return OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    run, dest = _run(args.path), Path(args.dest)
+    if os.path.lexists(dest):
+        raise ConfigError(f"{dest}: is there already and was left alone; give another directory")
+    config = load_config(run / "config.yaml")
+
+    from bigbatch.data import load_data
+    from bigbatch.train import RunError, open_checkpoint, open_newest
+    from bigbatch.train.checkpoint import MODEL
+
+    try:
+        saved = open_newest(run / "checkpoints") if run == Path(args.path) else open_checkpoint(Path(args.path))
+        card = _card(config, load_data(config.data, seed=config.seed), run, saved.state)
+        dest.mkdir(parents=True)
+        shutil.copyfile(saved.path / MODEL, dest / MODEL)
+        (dest / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (dest / "README.md").write_text(card, encoding="utf-8")
+    except (RunError, OSError) as error:
+        return _say(str(error), FAILED)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    print(f"{dest}: the model of {saved.path}")
+    return OK
+
+
+def _run(path: str) -> Path:
+    """The run directory that a path is, or in which a checkpoint lies."""
+    for run in (Path(path), Path(path).absolute().parent.parent):
+        if (run / "config.yaml").is_file():
+            return run
+    raise ConfigError(f"{path}: neither a run directory (with config.yaml) nor a checkpoint in one")
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    """What can be said of each checkpoint of a run, by step."""
+    from bigbatch.train import RunError, open_checkpoint
+    from bigbatch.train.checkpoint import Checkpoints
+
+    settings = load_config(run / "config.yaml").checkpoint
+    checkpoints = Checkpoints(run / "checkpoints", keep=1, best=settings.best, best_is=settings.best_is)
+    rows: list[dict[str, Any]] = []
+    whole = []
+    for path in checkpoints.paths():
+        samples = damage = None
+        try:
+            samples = open_checkpoint(path).state["samples"]
+            whole.append(path)
+        except RunError as error:
+            damage = str(error)
+        size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+        rows.append({"path": path, "step": int(path.name), "samples": samples, "bytes": size, "damage": damage})
+    newest, best = whole[-1] if whole else None, checkpoints.best_of(whole)
+    for row in rows:
+        path = row["path"]
+        row |= {"path": str(path), "newest": path == newest, "best": path == best}
+    return rows
+
+
+def _card(config: RunConfig, dataset: Dataset, run: Path, state: dict[str, Any]) -> str:
+    name, options, (channels, *_) = config.task.model, config.task.options, dataset.shape
+    if name.startswith("timm/"):
+        arguments = f"{name.removeprefix('timm/')!r}, in_chans={channels}, num_classes={dataset.classes}"
+        build = f"import timm\n\nmodel = timm.create_model({arguments}, **{options})"
+    else:
+        arguments = f"shape={dataset.shape}, classes={dataset.classes}"
+        build = f"from bigbatch.tasks import ResNetSmall\n\nmodel = ResNetSmall({arguments}, **{options})"
+    if config.norm.kind != "batch":
+        norm = f"Norm(kind={config.norm.kind!r}, groups={config.norm.groups})"
+        build = f"from bigbatch.config.models import Norm\nfrom bigbatch.norm import convert_norm\n{build}\n"
+        build += f"convert_norm(model, norm={norm}, micro=1, neighbours=None)"
+    metrics = {f"validation {metric}": f"{value:.4g}" for metric, value in (state["metrics"] or {}).items()}
+    decisions = json.loads((run / "plan.json").read_text(encoding="utf-8"))["decisions"]
+    return CARD.format(
+        model=name,
+        data=config.data.name,
+        version=__version__,
+        steps=state["step"],
+        scores=_table(("metric", "value"), *metrics.items()),
+        plan=_table(PLAN, *([each[key] for key in PLAN] for each in decisions)),
+        build=build,
+        mean=dataset.mean.tolist(),
+        std=dataset.std.tolist(),
+        shape=", ".join(map(str, dataset.shape)),
+    )
+
+
+def _table(head: Sequence[str], *rows: Sequence[str]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

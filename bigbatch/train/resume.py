@@ -1,0 +1,92 @@
+"""How a run goes on: as the owner of its directory, from the newest whole checkpoint, if that is of the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bigbatch.config import ConfigError, RunConfig
+
+from .checkpoint import Checkpoints, Saved
+from .lease import Lease
+from .state import Clock, Parts, RunError
+
+T = TypeVar("T")
+
+FREE_ON_RESUME = ("run", "eval", "checkpoint", "tracking", "parallel", "debug")
+"""Sections that may change when a run goes on; everything else defines which run it is."""
+
+
+def find(parts: Parts, checkpoints: Checkpoints, lease: Lease) -> tuple[Saved | None, Sequence[str]]:
+    """Own the directory and look for the newest checkpoint there; also what is wrong with each newer one.
+
+    Rank 0 does both and all use what it found, so that no two processes go on from different steps. RunError where
+    another owner does not end, or where no checkpoint is whole; ConfigError where the directory cannot be used.
+    """
+    timeout, seconds = parts.config.parallel.timeout, parts.config.run.lease
+    # It may take longer to become the owner than a collective may take.
+    while not _on_rank_0(parts, partial(lease.acquire, patience=timeout / 4, limit=max(timeout, 2 * seconds))):
+        continue
+    return _on_rank_0(parts, partial(checkpoints.newest, valid=lease.valid))
+
+
+def restore(parts: Parts, saved: Saved) -> Clock:
+    """Load a checkpoint and return where it was taken. ConfigError where it is of another run."""
+    state = saved.state
+    _check_same_run(parts.config, state["recipe"], saved.path)
+    parts.strategy.load(saved.model(), saved.optimizer())
+    if parts.scale and state["loss_scale"]:
+        parts.scale.__dict__.update(state["loss_scale"])
+    return Clock(**{name: state[name] for name in asdict(Clock())})
+
+
+def _on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
+    """What the function returns or raises on rank 0, on every process."""
+    found: Any = None
+    if parts.runtime.rank == 0:
+        try:
+            found = function()
+        except RunError as error:
+            found = error
+        except (OSError, ValueError) as error:
+            found = ConfigError(f"run.dir = {parts.config.run.dir!r}: cannot be used ({error}); give another directory")
+    found = parts.runtime.agree(found)
+    if isinstance(found, Exception):
+        raise found
+    return found  # type: ignore[no-any-return]
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    tree = config.model_dump(mode="json", by_alias=True, exclude=set(FREE_ON_RESUME))
+    del tree["batch"]["micro"], tree["batch"]["micro_limit"]
+    for where in ("path", "download"):
+        tree["data"].pop(where, None)
+    # Rounded gradients are another run; how they lie over the processes is not.
+    tree["parallel"] = {"compression": config.parallel.compression}
+    return json.loads(json.dumps(tree))  # type: ignore[no-any-return]
+
+
+def _check_same_run(config: RunConfig, recipe: dict[str, Any], path: Path) -> None:
+    # Settings that were not there yet had the effect of their defaults.
+    try:
+        theirs = _flat(_identity(RunConfig.model_validate(recipe)))
+    except ValueError as error:
+        raise ConfigError(f"{path}: its recipe is of another version ({error}); give a new run.dir") from None
+    ours = _flat(_identity(config))
+    for key in ours | theirs:
+        if ours.get(key) != theirs.get(key):
+            raise ConfigError(
+                f"{key} = {ours.get(key)!r}: the run in {path.parent.parent} was started with {theirs.get(key)!r}; "
+                "set it back to go on, or give a new run.dir"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

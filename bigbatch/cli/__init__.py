@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if rest:
             args.overrides = [*args.overrides, *rest]
-        _check_launch()
+        if args.verb in (_train, _evaluate, _verify):
+            from .slurm import join_step
+
+            join_step()
         return int(args.verb(args))
     except ConfigError as error:
         return _say(_brief(str(error)), USAGE)
@@ -78,6 +81,8 @@ class _Lenient:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import slurm
+
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    verb("train", _train, "Train a recipe, alone or under torchrun or accelerate launch; the same command goes on.")
+    verb("train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; run it again to go on.")
     plan = verb("plan", _plan, "Show every number a run would use, with its reason, without training.")
     plan.add_argument("--world-size", type=_positive, default=_world_size(), help="number of processes")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -112,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    slurm.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     from .checkpoint import add_checkpoint  # which needs what is above
 
@@ -181,7 +187,7 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     plan = make_plan(config, world_size=_world_size())
 
-    from bigbatch.dist import StopSignal
+    from bigbatch.dist import StopSignal, lost_contact
     from bigbatch.train import Preempted, RunError, train
 
     if _rank() == 0 and config.tracking.console != "none":
@@ -195,6 +201,13 @@ def _train(args: argparse.Namespace) -> int:
         if _rank() == 0:
             print(f"bigbatch: {message}", file=sys.stderr, flush=True)
         return OK if _launched() else PREEMPTED
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        # Each process says so at once: which of them is to blame, their heartbeats have told.
+        what = str(error).partition("\n")[0]
+        print(f"bigbatch: rank {_rank()}: another process is gone or silent ({what})", file=sys.stderr, flush=True)
+        return FAILED
     if _rank() == 0:
         print(json.dumps({"run": config.run.dir, **summary}))
     return OK
@@ -300,14 +313,6 @@ def _launched() -> bool:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _check_launch() -> None:
-    """Plain srun starts processes that do not know of each other, and each would train on its own."""
-    inside = "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if inside and tasks != "1":
-        raise ConfigError(f"SLURM_STEP_NUM_TASKS = {tasks}: start torchrun once per node, as slurm/train.sbatch does")
 
 
 def _brief(message: str) -> str:

@@ -132,10 +132,10 @@ class Checkpoints:
             )
         return None, ousted
 
-    def set_aside(self, newest: Saved) -> None:
-        """Rename the damaged directories after the newest whole one, so that their steps can be saved again."""
+    def set_aside(self, newest: Saved | None) -> None:
+        """Rename whatever `newest` passed over, so that its steps can be saved again and it is not kept for newer."""
         for path in self.paths():
-            if int(path.name) > int(newest.path.name):
+            if newest is None or int(path.name) > int(newest.path.name):
                 aside = path.with_name(f"{path.name}.damaged")
                 _remove(aside)
                 path.rename(aside)
@@ -158,7 +158,7 @@ class Checkpoints:
 
     def _write(self, target: Path, model: State, optimizer: State, state: State, since: float) -> None:
         """Write to a hidden directory, flush every file to the disk, rename; then delete what need not be kept."""
-        began, part = time.perf_counter(), _hidden(target, "part")
+        began, part, old = time.perf_counter(), _hidden(target, "part"), _hidden(target, "old")
         where = {"step": state["step"], "samples": state["samples"]}
         try:
             for leftover in self.root.glob(".[0-9]*.*"):
@@ -173,11 +173,12 @@ class Checkpoints:
                 _flush(path)
             self._check()
             if os.path.lexists(target):
-                _discard(target)
+                target.rename(old)
             part.rename(target)
             for path in (self.root, self.root.parent):
                 _flush(path)
-            self._prune()
+            _remove(old)
+            self._prune(target)
         except Exception as error:  # no fault of a save may end a run that can go on, nor go unseen
             shutil.rmtree(part, ignore_errors=True)
             # torch buries what the disk said under an error of its own.
@@ -189,8 +190,9 @@ class Checkpoints:
         stall = (began if self._background else ended) - since
         self.events.append({"event": "checkpoint", **where, "stall_seconds": stall, "write_seconds": ended - began})
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
         paths = self.paths()
+        paths = paths[: paths.index(newest) + 1]  # a later one is none of this run's
         best = self.best_of(paths)
         for path in paths[: -self._keep]:
             if path != best:

@@ -82,8 +82,7 @@ def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
     if parts.runtime.rank == 0:
         lease.begin(clock.step)
         _write_inputs(parts, run)
-        if saved:
-            checkpoints.set_aside(saved)
+        checkpoints.set_aside(saved)
     trackers = build_trackers(
         parts.config,
         run_dir=run,

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bigbatch.dist import StopSignal
 from bigbatch.dist.local import PRELOAD
 from bigbatch.train import RunError, train
 from bigbatch.train.checkpoint import Checkpoints, on_host, open_checkpoint
@@ -194,7 +195,7 @@ def test_background_and_foreground_save_the_same(tmp_path: Path) -> None:
     def run(write: str) -> list[Any]:
         folder = tmp_path / write
         sections = {"run": {"dir": str(folder)}, "checkpoint": {"every": "4st", "write": write}, "duration": "1ep"}
-        train(assembled(tracking={"console": "none"}, **sections))
+        train(assembled(tracking={"console": "none"}, **sections), StopSignal(grace=60.0))
         saves = [open_checkpoint(path) for path in background(folder / "checkpoints").paths()]
         return [[save.path.name, save.model(), save.optimizer()] for save in saves]
 

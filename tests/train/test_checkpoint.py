@@ -4,7 +4,6 @@ from typing import Literal
 import pytest
 import torch
 
-from bigbatch.train import RunError
 from bigbatch.train.checkpoint import Checkpoints, open_checkpoint
 
 
@@ -93,6 +92,18 @@ def test_checkpoints_of_an_owner_who_had_lost_the_run_are_named_and_skipped(tmp_
     assert len(damage) == 1 and "00000007" in damage[0] and "owner 1" in damage[0]
     newest, ousted = checkpoints.newest(valid=lambda step, owner: False)
     assert newest is None and len(ousted) == 3, "the run began afresh, so it does again"
+    checkpoints.set_aside(newest)
+    assert checkpoints.paths() == [] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_lies_after_the_newest_save_costs_no_checkpoint_of_the_run(tmp_path: Path) -> None:
+    assert saved(tmp_path, {9: 0.9}) == [9]
+    assert saved(tmp_path, {1: 0.5, 2: 0.1}, keep=1) == [1, 2, 9]
+
+
+def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
+    assert saved(tmp_path, {1: None}) == saved(tmp_path, {1: 0.5}) == [1]
+    assert open_checkpoint(tmp_path / "00000001").state["metrics"] == {"accuracy": 0.5}
 
 
 def test_a_directory_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:

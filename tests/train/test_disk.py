@@ -15,6 +15,7 @@ import torch
 from bigbatch.cli import main
 from bigbatch.train import RunError, loop
 from bigbatch.train.checkpoint import FILES, MANIFEST, OPTIMIZER, Checkpoints, _manifest, _sums, open_checkpoint
+from ranks import run_ranks
 from runs.command import events, summary
 
 SIZE = 400 << 10
@@ -113,6 +114,30 @@ def test_a_run_goes_on_without_a_save_but_does_not_end_without_its_last(
     filler.unlink()
     assert main(command) == 0
     assert {event["step"] for event in events(run, "checkpoint")} == {4, 8, 12}
+
+
+def trains(rank: int, recipe: str) -> str | None:
+    """Why training ends on this rank, without the command line's wait for rank 0 to speak."""
+    from bigbatch.cli import _assembled, make_plan
+    from bigbatch.config import load_config
+    from bigbatch.dist import StopSignal
+    from bigbatch.train import train
+
+    config = load_config(recipe)
+    with _assembled(config, make_plan(config, world_size=2)) as parts, StopSignal(grace=config.run.grace) as stop:
+        try:
+            train(parts, stop)
+        except RunError as error:
+            return str(error)
+    return None
+
+
+def test_all_processes_end_where_the_last_save_fails(disk: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE + f"run: {{dir: {disk / 'run'}}}\n")
+    fill(disk, leave=40 << 10)
+    one, two = run_ranks(2, trains, str(recipe))
+    assert one == two and "00000012 cannot be written" in str(one)
 
 
 def test_a_summary_is_whole_or_not_there(

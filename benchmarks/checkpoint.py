@@ -67,7 +67,7 @@ def blocks(rank: int, widths: list[int], steps: int, rounds: int, out: str) -> d
                 if rank == 0:
                     saves[way].save(turn + 1, model=model, optimizer=optimizer, state=state, since=start)
             for _ in range(steps):
-                train_step(parts, samples=samples, want_loss=False)
+                train_step(parts, samples=samples)
                 samples += parts.plan.global_batch
             dist.barrier()
             if turn >= 0:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from bigbatch.config import ConfigError, RunConfig, load_config
+from bigbatch.config import ConfigError, RunConfig, load_config, redact
 from bigbatch.plan import Plan
 
 if TYPE_CHECKING:
@@ -33,20 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if rest:
             args.overrides = [*args.overrides, *rest]
-        _check_launch()
+        if args.verb in (_train, _evaluate, _verify):
+            from .slurm import join_step
+
+            join_step()
         return int(args.verb(args))
     except ConfigError as error:
-        return _say(str(error), USAGE)
+        return _say(_brief(str(error)), USAGE)
     except KeyboardInterrupt:
         return _say("interrupted; the same command goes on from the newest checkpoint", 130)
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; Python would complain again while closing it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
 
 
 def entry() -> NoReturn:
     """The command as a process."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _Lenient(getattr(sys, name)))
     code = main()
     if _world_size() > 1:
         # gloo's threads outlive their process group, and one that wants the interpreter while it shuts down aborts a
@@ -58,7 +60,29 @@ def entry() -> NoReturn:
     sys.exit(code)
 
 
+class _Lenient:
+    """A stream whose reader may leave (`| head`) and whose disk may be full: what it does not take is lost, and no run
+    ends for it; the exit code tells how it ended."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or io.StringIO()  # it is None where a launcher has closed it
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _parser() -> argparse.ArgumentParser:
+    from . import slurm
+
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -72,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    verb("train", _train, "Train a recipe, alone or under torchrun or accelerate launch; the same command goes on.")
+    verb("train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; run it again to go on.")
     plan = verb("plan", _plan, "Show every number a run would use, with its reason, without training.")
     plan.add_argument("--world-size", type=_positive, default=_world_size(), help="number of processes")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -93,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    slurm.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     from .checkpoint import add_checkpoint  # which needs what is above
 
@@ -162,7 +187,7 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     plan = make_plan(config, world_size=_world_size())
 
-    from bigbatch.dist import StopSignal
+    from bigbatch.dist import StopSignal, lost_contact
     from bigbatch.train import Preempted, RunError, train
 
     if _rank() == 0 and config.tracking.console != "none":
@@ -176,6 +201,13 @@ def _train(args: argparse.Namespace) -> int:
         if _rank() == 0:
             print(f"bigbatch: {message}", file=sys.stderr, flush=True)
         return OK if _launched() else PREEMPTED
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        # Each process says so at once: which of them is to blame, their heartbeats have told.
+        what = str(error).partition("\n")[0]
+        print(f"bigbatch: rank {_rank()}: another process is gone or silent ({what})", file=sys.stderr, flush=True)
+        return FAILED
     if _rank() == 0:
         print(json.dumps({"run": config.run.dir, **summary}))
     return OK
@@ -283,12 +315,10 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _check_launch() -> None:
-    """Plain srun starts processes that do not know of each other, and each would train on its own."""
-    inside = "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if inside and tasks != "1":
-        raise ConfigError(f"SLURM_STEP_NUM_TASKS = {tasks}: start torchrun once per node, as slurm/train.sbatch does")
+def _brief(message: str) -> str:
+    """One line of a few hundred characters, whatever the message quotes; the key stands first and the way out last."""
+    line = " ".join(message.split())
+    return line if len(line) <= 600 else f"{line[:400]} … {line[-200:]}"
 
 
 def _say(message: str, code: int) -> int:
@@ -300,5 +330,5 @@ def _say(message: str, code: int) -> int:
     if _rank() > 0:
         time.sleep(5)
         message = f"rank {_rank()}: {message}"
-    print(f"bigbatch: {message}", file=sys.stderr, flush=True)
+    print(f"bigbatch: {redact(message)}", file=sys.stderr, flush=True)
     return code

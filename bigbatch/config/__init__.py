@@ -3,5 +3,6 @@
 from .duration import Duration
 from .load import ConfigError, dump_config, load_config, merge
 from .models import RunConfig
+from .redact import redact
 
-__all__ = ["ConfigError", "Duration", "RunConfig", "dump_config", "load_config", "merge"]
+__all__ = ["ConfigError", "Duration", "RunConfig", "dump_config", "load_config", "merge", "redact"]

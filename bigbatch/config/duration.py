@@ -31,7 +31,7 @@ class Duration:
             return text
         match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise ValueError(f"not a duration: {text!r}; {_HELP}")
+            raise ValueError(f"not a duration; {_HELP}")
         return cls(Fraction(match[1]), match[2])  # type: ignore[arg-type]
 
     def samples(self, *, epoch: int, batch: int, whole: int | None = None) -> int:

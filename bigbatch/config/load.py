@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from .models import RunConfig
+from .redact import redact
 
 Tree = dict[str, Any]
 
+MOST_VALUES = 10_000
+"""Values a recipe may have, each counted as often as an alias repeats it."""
 
 TAGS = {"optim": "name", "task": "name", "data": "name"} | dict.fromkeys(("warmup", "decay", "clip", "norm"), "kind")
 """The key of a section that says what its other keys mean."""
@@ -23,7 +27,27 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where ``off`` is a word and ``1e-1`` a number, and a repeated key is an error."""
+    """YAML where ``off`` is a word and ``1e-1`` a number, and a repeated key is an error.
+
+    It has no tags, which can stand for objects, and at most `MOST_VALUES`, which nested aliases otherwise multiply.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._values = 0
+        self._sizes: dict[yaml.Node | None, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event, before = self.peek_event(), self._values  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None):
+            raise ConfigError(f"{event.tag}, line {event.start_mark.line + 1}: a recipe has no tags; remove it")
+        node = super().compose_node(parent, index)
+        # An alias inside of what it stands for has no size yet, and no end.
+        self._values += self._sizes.get(node, MOST_VALUES) if isinstance(event, yaml.AliasEvent) else 1
+        self._sizes.setdefault(node, self._values - before)
+        if self._values > MOST_VALUES:
+            raise ConfigError(f"more than {MOST_VALUES} values, counted as often as aliases repeat them; use fewer")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
@@ -40,15 +64,17 @@ def _resolvers() -> dict[str, list[tuple[str, Any]]]:
     import re
 
     table = {
-        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
+        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     boolean = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+    # Decimal only: 010 is no 8, and 12:30 no 750.
+    whole = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
     number = re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
     for first in "tTfF":
         table.setdefault(first, []).append(("tag:yaml.org,2002:bool", boolean))
     for first in "-+.0123456789":
-        table.setdefault(first, []).append(("tag:yaml.org,2002:float", number))
+        table.setdefault(first, []).extend([("tag:yaml.org,2002:int", whole), ("tag:yaml.org,2002:float", number)])
     return table
 
 
@@ -61,14 +87,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     A section whose ``name`` or ``kind`` differs from the one it overrides replaces it whole, so that no option of
     another optimiser or schedule is inherited. Raises ConfigError.
     """
-    tree = _read(Path(path), ())
-    # A section's name or kind comes first: it clears the section of what another one had set.
-    for override in sorted(overrides, key=lambda text: not _names_section(text)):
-        tree = merge(tree, _override(override))
     try:
+        tree = _read(Path(path), ())
+        # A section's name or kind comes first: it clears the section of what another one had set.
+        for override in sorted(overrides, key=lambda text: not _names_section(text)):
+            tree = merge(tree, _override(override))
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, tree)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a recipe; sections have at most a few levels") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -91,6 +119,20 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return result
 
 
+class _Short(reprlib.Repr):
+    """A value as a message has room for it: its outer levels, long text without its middle, and no secrets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 100
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redact(x), level)
+
+
+_shown = _Short().repr
+
+
 def explain(error: ValidationError, tree: object) -> str:
     """The first problem pydantic found in ``tree`` as ``key = value: what is wrong``, and how many keys have one."""
     problems: dict[str, list[Any]] = {}
@@ -102,15 +144,17 @@ def explain(error: ValidationError, tree: object) -> str:
         case "missing":
             return f"{key}: required and not set{more}"
         case "extra_forbidden":
-            return f"{key} = {first[0]['input']!r}: unknown key; `bigbatch schema` lists the legal ones{more}"
+            return f"{key} = {_shown(first[0]['input'])}: unknown key; `bigbatch schema` lists the legal ones{more}"
         case "union_tag_invalid":
             context = first[0]["ctx"]
             tag = context["discriminator"].strip("'")
-            return f"{key}.{tag} = {context['tag']!r}: unknown; choose one of {context['expected_tags']}{more}"
+            return f"{key}.{tag} = {_shown(context['tag'])}: unknown; choose one of {context['expected_tags']}{more}"
+        case "secret":
+            return f"{key}: {first[0]['msg']}{more}"
         case "union_tag_not_found":
             return f"{key}: {first[0]['ctx']['discriminator']} is required and not set{more}"
     messages = " or ".join(dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in first))
-    return f"{key} = {first[0]['input']!r}: {messages}{more}"
+    return f"{key} = {_shown(first[0]['input'])}: {messages}{more}"
 
 
 def _key(problem: Any, tree: object) -> str:
@@ -131,17 +175,18 @@ def _key(problem: Any, tree: object) -> str:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
-    where = path.resolve()
+    try:
+        where, text = path.resolve(), path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe; give the path of a YAML file, such as those in configs/") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a text file in UTF-8") from None
     if where in seen:
         raise ConfigError(f"{path}: extends itself ({' -> '.join(p.name for p in (*seen, where))}); break the circle")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe; give the path of a YAML file, such as those in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except ConfigError:
-        raise
+        tree = yaml.load(text, Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -61,21 +62,21 @@ def _idx_size(config: Idx) -> int | None:
 def folders(config: Idx) -> list[Path]:
     """Every place the four files may lie in, in the order in which they are tried."""
     paths = (config.path,) if isinstance(config.path, str) else config.path
-    named = [Path(path).expanduser() for path in paths]
+    named = [Path(os.path.expanduser(path)) for path in paths]
     if config.download is None:
         return named
     return [place for path in named for place in (path, path / TORCHVISION[config.download] / "raw")]
 
 
 def find_folder(config: Idx) -> Path | None:
-    """The first folder that has all four files, plain or gzipped."""
+    """The first folder that has all four files, plain or gzipped; a path that cannot be one has none."""
     return next((folder for folder in folders(config) if not _missing(folder)), None)
 
 
 def find_file(folder: Path, name: str) -> Path:
     """The plain file if there is one, else the gzipped one (which may be missing)."""
     plain = folder / name
-    return plain if plain.is_file() else folder / f"{name}.gz"
+    return plain if os.path.isfile(plain) else folder / f"{name}.gz"
 
 
 def not_found(config: Idx) -> ValueError:
@@ -88,7 +89,7 @@ def not_found(config: Idx) -> ValueError:
 
 
 def _missing(folder: Path) -> list[str]:
-    return [name for name in (*TRAIN_FILES, *TEST_FILES) if not find_file(folder, name).is_file()]
+    return [name for name in (*TRAIN_FILES, *TEST_FILES) if not os.path.isfile(find_file(folder, name))]
 
 
 def read_header(path: Path, *, dimensions: int) -> tuple[int, ...]:

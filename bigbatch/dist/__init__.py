@@ -4,8 +4,19 @@ from .deepspeed import set_layers
 from .fsdp2 import part
 from .heartbeat import repeat, say
 from .local import RankError, run_processes
-from .runtime import Runtime
+from .runtime import Runtime, lost_contact
 from .signals import StopSignal
 from .strategy import Strategy
 
-__all__ = ["RankError", "Runtime", "StopSignal", "Strategy", "part", "repeat", "run_processes", "say", "set_layers"]
+__all__ = [
+    "RankError",
+    "Runtime",
+    "StopSignal",
+    "Strategy",
+    "lost_contact",
+    "part",
+    "repeat",
+    "run_processes",
+    "say",
+    "set_layers",
+]

@@ -185,6 +185,11 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def lost_contact(error: Exception) -> bool:
+    """Whether a collective has failed because another process is gone or does not answer."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def _accelerator(parallel: Parallel) -> Accelerator:
     return Accelerator(
         cpu=not torch.cuda.is_available(),

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
+from bigbatch.config import redact
+
 Event = dict[str, Any]
 """``event`` names the kind, ``step`` the optimiser steps taken so far (the first step's event says 1)."""
 
@@ -14,7 +16,7 @@ Status = Literal["done", "failed", "preempted"]
 
 
 class Tracker(Protocol):
-    """Listens to a run. Methods may raise: `Trackers` then goes on without the tracker."""
+    """Listens to a run. Methods may raise; see `Trackers`."""
 
     def start(self, config: dict[str, Any], plan: dict[str, Any]) -> None: ...
 
@@ -26,13 +28,15 @@ class Tracker(Protocol):
 class Trackers:
     """Hands every call to each tracker in turn.
 
-    A tracker that raises is named once on stderr and dropped; training never stops for it. ``warnings`` are logged as
-    soon as the trackers have started.
+    A tracker that raises is named once on stderr, and training never stops for it. It is dropped, unless it is an
+    event that the system would not take (OSError: a full disk, a lost connection): that may pass, so the next event is
+    handed to it all the same. ``warnings`` are logged as soon as the trackers have started.
     """
 
     def __init__(self, trackers: Sequence[Tracker], *, warnings: Sequence[Event] = ()) -> None:
         self._trackers = list(trackers)
         self._warnings = warnings
+        self._named: set[Tracker] = set()
 
     def start(self, config: dict[str, Any], plan: dict[str, Any]) -> None:
         self._each(lambda tracker: tracker.start(config, plan))
@@ -40,21 +44,30 @@ class Trackers:
             self.log(warning)
 
     def log(self, event: Event) -> None:
-        self._each(lambda tracker: tracker.log(event))
+        self._each(lambda tracker: tracker.log(event), may_pass=OSError)
 
     def finish(self, status: Status) -> None:
         self._each(lambda tracker: tracker.finish(status))
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Tracker], None], *, may_pass: type[Exception] | tuple[()] = ()) -> None:
         for tracker in tuple(self._trackers):
             try:
                 call(tracker)
             except Exception as error:
-                self._trackers.remove(tracker)
-                _report(type(tracker).__name__.lower(), error)
+                dropped = not isinstance(error, may_pass)
+                if dropped:
+                    self._trackers.remove(tracker)
+                if dropped or tracker not in self._named:
+                    self._named.add(tracker)
+                    then = "training goes on without it" if dropped else "it is tried again with the next event"
+                    say(f"tracking: {type(tracker).__name__.lower()} failed: {one_line(error)}; {then}")
 
 
-def _report(name: str, error: Exception) -> None:
-    what = " ".join(str(error).split()) or type(error).__name__
-    with contextlib.suppress(OSError, ValueError):  # stderr itself may be gone
-        print(f"tracking: {name} failed: {what}; training goes on without it", file=sys.stderr, flush=True)
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def say(text: str) -> None:
+    """A line on stderr, without secrets; nothing where stderr itself is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        print(redact(text), file=sys.stderr, flush=True)

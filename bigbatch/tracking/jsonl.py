@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from .base import Event, Status
 
+MOST_UNWRITTEN = 16 * 2**20
+"""Bytes that are kept for a disk that takes no more; later events are left out until it does."""
+
 
 class Jsonl:
-    """Writes every event as one line, in the order of its keys, and flushes it.
+    """Writes every event as one line, in the order of its keys, at once.
 
     Every line is JSON that any reader takes: a float that is not finite is written as ``null``. A start from the
     beginning (``resume_step`` None) empties the file; a resume first rewrites it, atomically, without what the run is
-    about to live through again (see `read_events`).
+    about to live through again (see `read_events`). What a full disk does not take, be it the rewrite, is tried again
+    with the next event, and raises OSError until it succeeds.
     """
-
-    _file: TextIO
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         self._path = path
         self._resume_step = resume_step
+        self._file: FileIO | None = None
+        self._unwritten = bytearray()
 
     def start(self, config: dict[str, Any], plan: dict[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_name(f".{self._path.name}.part")
-        self._file = part.open("w", encoding="utf-8")
-        if self._resume_step is not None:
-            for event in read_events(self._path, until=self._resume_step):
-                self._write(event)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        part.replace(self._path)  # the open file follows its name
+        with contextlib.suppress(OSError):
+            self._write()
 
     def log(self, event: Event) -> None:
-        self._write(event)
-        self._file.flush()
+        if len(self._unwritten) < MOST_UNWRITTEN:
+            self._unwritten += _line(event)
+        self._write()
 
     def finish(self, status: Status) -> None:
-        self._file.close()
-
-    def _write(self, event: Event) -> None:
         try:
-            line = json.dumps(event, allow_nan=False)
-        except ValueError:
-            line = json.dumps(_finite(event), allow_nan=False)
-        self._file.write(line + "\n")
+            self._write()
+        finally:
+            if self._file:
+                self._file.close()
+
+    def _write(self) -> None:
+        if self._file is None:
+            self._file = self._rewritten()
+        # A file without a buffer: a write takes what there is room for, and says how much.
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
+
+    def _rewritten(self) -> FileIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_name(f".{self._path.name}.part")
+        kept = [] if self._resume_step is None else read_events(self._path, until=self._resume_step)
+        with part.open("wb") as file:
+            file.writelines(map(_line, kept))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self._path)
+        return FileIO(self._path, "a")
+
+
+def _line(event: Event) -> bytes:
+    try:
+        line = json.dumps(event, allow_nan=False)
+    except ValueError:
+        line = json.dumps(_finite(event), allow_nan=False)
+    return f"{line}\n".encode()
 
 
 def read_events(path: Path, *, until: int | None = None) -> Iterator[Event]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import secrets
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bigbatch.config.models import Wandb as Settings
 
-from .base import Event, Status
+from .base import Event, Status, one_line, say
 from .jsonl import read_events
 
 CLOCK = ("step", "samples", "epoch")
+
+INIT_SECONDS = 30
+"""Longest wait for the server at the start of a run; without it the run is kept offline."""
 
 FINISH_SECONDS = 120
 """Longest wait for uploads at the end of a run; `wandb sync` uploads the rest from the run's directory."""
@@ -40,31 +42,47 @@ class Wandb:
     def start(self, config: dict[str, Any], plan: dict[str, Any]) -> None:
         import wandb
 
-        ours, run_id = self._config, self._run_id()
-        known = -1 if ours.mode == "online" else _last_step(self._dir / "wandb", run_id)
-        self._run = wandb.init(
+        run_id, mode, everything = self._run_id(), self._config.mode, {**config, "plan": plan}
+        try:
+            self._run = self._init(run_id, mode, everything)
+        except Exception as error:
+            if mode != "online" or wandb.run:
+                raise
+            wandb.teardown()  # W&B's process goes on trying under this id; it would end a run of the caller's too
+            mode, later = "offline", f"`wandb sync {self._dir}/wandb/offline-run-*` sends it later"
+            say(f"tracking: no W&B server: {one_line(error)}; the run is kept offline, and {later}")
+            self._run = self._init(run_id, mode, everything)
+        if mode == "online":
+            self._last = self._run.starting_step - 1
+            say(f"wandb: {self._run.url}")
+        else:
+            self._last = _last_step(self._dir / "wandb", run_id)
+        self._run.define_metric("samples")
+        self._run.define_metric("*", step_metric="samples")
+        if self._resume_step is not None:
+            for event in read_events(self._dir / "metrics.jsonl", until=self._resume_step):
+                self.log(event)
+
+    def _init(self, run_id: str, mode: Literal["disabled", "offline", "online"], config: dict[str, Any]) -> Any:
+        import wandb
+
+        ours = self._config
+        return wandb.init(
             id=run_id,
             resume="allow",
-            mode=ours.mode,
+            mode=mode,
             project=ours.project,
             entity=ours.entity,
             name=ours.name,
             tags=ours.tags,
             dir=str(self._dir),
-            config={**config, "plan": plan},
+            config=config,
             allow_val_change=True,  # a run may go on with another world size
             reinit="create_new",  # leave alone what the caller's own script does with wandb
-            settings=wandb.Settings(silent=True, console="off", finish_timeout=FINISH_SECONDS),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS
+            ),
         )
-        if ours.mode == "online":
-            known = self._run.starting_step - 1
-            print(f"wandb: {self._run.url}", file=sys.stderr, flush=True)
-        self._run.define_metric("samples")
-        self._run.define_metric("*", step_metric="samples")
-        self._last = known
-        if self._resume_step is not None:
-            for event in read_events(self._dir / "metrics.jsonl", until=self._resume_step):
-                self.log(event)
 
     def log(self, event: Event) -> None:
         if event["event"] not in ("step", "eval") or event["step"] <= self._last:

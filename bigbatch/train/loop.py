@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -243,10 +244,8 @@ def _leave(session: Session) -> NoReturn:
     _settle(session)
     run, clock = Path(session.parts.config.run.dir), session.clock
     if session.parts.runtime.rank == 0:
-        part = run / f".{PREEMPTED}.part"
         note = {"signal": session.stop.asked, "step": clock.step, "samples": clock.samples}
-        part.write_text(json.dumps(note), encoding="utf-8")
-        part.replace(run / PREEMPTED)
+        _write(run / PREEMPTED, json.dumps(note))
     session.parts.runtime.agree(None)  # none leaves before the note is there
     raise Preempted(f"{run}: asked to stop, saved after step {clock.step}; the same command goes on")
 
@@ -257,8 +256,8 @@ def _write_inputs(parts: Parts, run: Path) -> None:
         # The run is not complete, whatever another one may have left here.
         (run / SUMMARY).unlink(missing_ok=True)
         (run / PREEMPTED).unlink(missing_ok=True)
-        (run / "config.yaml").write_text(dump_config(parts.config), encoding="utf-8")
-        (run / "plan.json").write_text(parts.plan.to_json(), encoding="utf-8")
+        _write(run / "config.yaml", dump_config(parts.config))
+        _write(run / "plan.json", parts.plan.to_json())
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.dir = {run}: cannot be written ({error}); give another directory") from None
 
@@ -296,8 +295,22 @@ def _finish(session: Session, validation: Metrics | None) -> dict[str, Any]:
     # Written last: a run that has a summary is complete.
     if parts.runtime.rank == 0:
         session.lease.check()
-        (Path(parts.config.run.dir) / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        path = Path(parts.config.run.dir) / SUMMARY
+        try:
+            _write(path, json.dumps(summary, indent=2))
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error}; the same command ends the run then") from None
     return summary
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file that is whole or not there, whenever the process is killed or the disk is full."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def parameters_sha256(parts: Parts) -> str:

@@ -88,6 +88,12 @@ def test_missing_files_name_folders_and_ways_out(plant, tmp_path):
     assert "data.download=fashion_mnist" in message
 
 
+@pytest.mark.parametrize("path", ["~nobody/data", "a/" * 3000, "a\0b", "\ud800"])
+def test_a_path_that_cannot_be_one_has_no_files(path):
+    with pytest.raises(ValueError, match=r"data\.path = .*no folder has the four idx files"):
+        size_of(idx(path))
+
+
 @pytest.mark.parametrize("validation", [20, 21])
 def test_validation_that_leaves_nothing(plant, validation):
     with pytest.raises(ValueError, match=rf"data\.validation = {validation}: leaves none of 20 images to train on"):

@@ -146,15 +146,6 @@ def test_overrides_stand_before_and_after_options(recipe: Path, capsys: pytest.C
         main(["plan", str(recipe), "--jsn"])
 
 
-def test_plain_srun_is_refused(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert main(["train", str(recipe)]) == 2
-    assert "torchrun" in capsys.readouterr().err
-
-
 def test_under_torchrun_rank_0_alone_speaks(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = bigbatch("train", str(recipe), "batch.micro=48", f"run.dir={run}", processes=2)

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bigbatch.tracking import Jsonl, read_events
+from bigbatch.tracking import Jsonl, Trackers, read_events
 
 
 def step(number: int, **more: Any) -> dict[str, Any]:
@@ -99,7 +102,9 @@ def test_a_resume_without_a_file_starts_one(tmp_path: Path) -> None:
     assert write(tmp_path / "metrics.jsonl", [step(8)], resume_step=7) == [step(8)]
 
 
-def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rewrite_that_fails_leaves_the_old_file_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, [step(1), step(2)])
     before = path.read_bytes()
@@ -107,9 +112,79 @@ def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
     tracker = Jsonl(path, resume_step=1)
-    with pytest.raises(OSError, match="no space"):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
         tracker.start({}, {})
-    tracker.finish("failed")
-    assert path.read_bytes() == before
+        with pytest.raises(OSError, match="no space"):
+            tracker.log(step(2, again=True))
+        assert path.read_bytes() == before
+    tracker.log(step(3))
+    tracker.finish("done")
+    assert list(read_events(path)) == [step(1), step(2, again=True), step(3)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs a file system that can be full, and mount says: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(disk: Path, *, room: int = 0) -> Path:
+    left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "filler").write_bytes(bytes(left - room))
+    return disk / "filler"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_full_disk_loses_no_event(small_disk: Path, resumed: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    path = small_disk / "metrics.jsonl"
+    before = [step(1), step(2)] if resumed else []
+    if resumed:
+        write(path, before)
+    filler = fill(small_disk, room=0 if resumed else 4096)  # no room to rewrite, or for some events and a part of one
+    trackers = Trackers([Jsonl(path, resume_step=2 if resumed else None)])
+    trackers.start({}, {})
+    for number in range(3, 200):
+        trackers.log(step(number))
+    assert len(list(read_events(path))) < 100
+    filler.unlink()
+    trackers.log(step(200))
+    trackers.finish("done")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [*before, *map(step, range(3, 201))]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "jsonl failed: [Errno 28] No space left on device; it is tried again" in said
+
+
+def test_what_waits_for_the_disk_is_bounded(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bigbatch.tracking.jsonl.MOST_UNWRITTEN", 1000)
+    filler = fill(small_disk)
+    trackers = Trackers([Jsonl(small_disk / "metrics.jsonl", resume_step=None)])
+    trackers.start({}, {})
+    for number in range(1, 100):
+        trackers.log(step(number))
+    filler.unlink()
+    for number in range(100, 103):
+        trackers.log(step(number))
+    trackers.finish("done")
+    kept = [event["step"] for event in read_events(small_disk / "metrics.jsonl")]
+    assert kept == [*range(1, len(kept) - 1), 101, 102] and 10 < len(kept) < 40
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_disk_that_stays_full_is_told_at_the_end(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(small_disk)
+    trackers = Trackers([Jsonl(small_disk / "metrics.jsonl", resume_step=None)])
+    trackers.start({}, {})
+    trackers.log(step(1))
+    trackers.finish("done")
+    tried, lost = capsys.readouterr().err.splitlines()
+    assert "tried again" in tried and "goes on without it" in lost

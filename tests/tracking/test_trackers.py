@@ -59,6 +59,25 @@ def test_a_failing_tracker_is_named_once_and_dropped(
     assert (out, err) == ("", "tracking: brittle failed: the server is gone; training goes on without it\n")
 
 
+def test_what_may_pass_is_tried_again_and_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    brittle = Brittle("log", OSError(28, "No space left on device"))
+    trackers = Trackers([brittle])
+    for number in (1, 2, 3):
+        trackers.log({"event": "step", "step": number})
+    brittle.error = RuntimeError("broken for good")
+    trackers.log({"event": "step", "step": 4})
+    trackers.log({"event": "step", "step": 5})
+    assert brittle.calls == ["log"] * 4
+    passing, dropped = capsys.readouterr().err.splitlines()
+    assert passing.endswith("brittle failed: [Errno 28] No space left on device; it is tried again with the next event")
+    assert dropped.endswith("brittle failed: broken for good; training goes on without it")
+
+
+def test_a_failure_tells_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    Trackers([Brittle("log", RuntimeError("https://me:hunter2@host/x refused"))]).log({"event": "step", "step": 1})
+    assert capsys.readouterr().err.startswith("tracking: brittle failed: https://***@host/x refused;")
+
+
 def test_an_interrupt_is_not_a_failure() -> None:
     with pytest.raises(KeyboardInterrupt):
         Trackers([Brittle("log", KeyboardInterrupt())]).log({"event": "step", "step": 1})

@@ -168,6 +168,24 @@ def test_wandb_asked_for_on_a_resume_gets_the_whole_history(tmp_path: Path) -> N
     assert history(start)[1]["validation/accuracy"] == 0.25
 
 
+def test_without_a_server_the_run_is_kept_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bigbatch.tracking.wandb.INIT_SECONDS", 1)
+    for name, value in (("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "0123456789" * 4), ("MODE", "online")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    tracker = Wandb(Settings(mode="online"), dir=tmp_path, resume_step=None)
+    tracker.start({}, {})
+    tracker.log(step(1))
+    tracker.finish("done")
+    said = capfd.readouterr().err
+    assert "no W&B server" in said and f"`wandb sync {tmp_path}/wandb/offline-run-*` sends it later" in said
+    (start,) = starts(tmp_path)
+    wait_for_end(start)
+    assert steps(start) == [1]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"0123456789012" in path.read_bytes()]
+
+
 @pytest.mark.parametrize(("status", "code"), [("done", 0), ("failed", 1), ("preempted", 1)])
 def test_the_end_is_told(status: Any, code: int, tmp_path: Path) -> None:
     tracker = Wandb(OFFLINE, dir=tmp_path, resume_step=None)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from bigbatch.cli import main
-from bigbatch.train import RunError
+from bigbatch.train import RunError, loop
 from bigbatch.train.checkpoint import FILES, MANIFEST, OPTIMIZER, Checkpoints, _manifest, _sums, open_checkpoint
 from ranks import run_ranks
-from runs.command import events
+from runs.command import events, summary
 
 SIZE = 400 << 10
 RECIPE = """
@@ -138,6 +138,29 @@ def test_all_processes_end_where_the_last_save_fails(disk: Path, tmp_path: Path)
     fill(disk, leave=40 << 10)
     one, two = run_ranks(2, trains, str(recipe))
     assert one == two and "00000012 cannot be written" in str(one)
+
+
+def test_a_summary_is_whole_or_not_there(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = tmp_path / "recipe.yaml", disk / "run"
+    recipe.write_text(RECIPE)
+    checksum = loop.parameters_sha256
+
+    def full(parts: Any) -> str:  # the last that happens before the summary is written
+        fill(disk, leave=0)
+        return checksum(parts)
+
+    monkeypatch.setattr(loop, "parameters_sha256", full)
+    assert main(["train", str(recipe), f"run.dir={run}"]) == 1
+    said = capsys.readouterr().err
+    assert "summary.json cannot be written" in said and "No space left on device" in said and "Traceback" not in said
+    assert not (run / "summary.json").exists()
+
+    monkeypatch.undo()
+    (disk / "filler").unlink()
+    assert main(["train", str(recipe), f"run.dir={run}"]) == 0
+    assert summary(run)["steps"] == 12
 
 
 class Malicious:

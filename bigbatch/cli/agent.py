@@ -7,7 +7,6 @@ of the machine's; the agent ends with the process that started it; and its exit 
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import signal
 import socket
@@ -38,28 +37,24 @@ def main(text: str, *command: str) -> int:
     host, port, listen = (settings.pop(name) for name in ("host", "port", "listen"))
     try:
         store = _offer(listen, port) if listen else None
-        endpoint = f"{host}:{store.port if store else port}"
-        elastic_launch(LaunchConfig(**settings, rdzv_endpoint=endpoint), sys.executable)(*command)
+        at = f"{host}:{store.port if store else port}"
+        config = LaunchConfig(**settings, rdzv_backend="c10d", rdzv_endpoint=at, max_restarts=0)
+        elastic_launch(config, sys.executable)(*command)
         return OK
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"bigbatch: rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
         return USAGE if failure.exitcode == USAGE else FAILED
-    except (DistError, RendezvousError) as error:
+    except (DistError, OSError, RendezvousError) as error:
         print(f"bigbatch: no rendezvous at {host}: {error.__cause__ or error}", file=sys.stderr)
         return ALONE
     except SignalException:
         return FAILED
 
 
-def _offer(address: str, port: int) -> TCPStore | None:
-    """A store on one address of this machine; None where another agent has one there already."""
-    try:
-        listener = socket.create_server((address, port))
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return None
+def _offer(address: str, port: int) -> TCPStore:
+    """A store that listens on one address of this machine."""
+    listener = socket.create_server((address, port))
     port = listener.getsockname()[1]
     return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 

@@ -15,15 +15,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bigbatch.cli import FAILED, OK, _positive, _rank, _world_size
 from bigbatch.config.models import Parallel
 
-from .launch import start
-
-if TYPE_CHECKING:
-    from bigbatch.dist import Runtime
+from .launch import LOCAL, start
+from .watchdog import Limits
 
 TIMEOUT = 60.0
 SIZES = {"4 B": 4, "1 MiB": 2**20, "64 MiB": 2**26}
@@ -49,52 +46,38 @@ def add_to(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """The verb. Exit codes: 0, and 1 where something is broken."""
     if args.nproc and "WORLD_SIZE" not in os.environ:
-        command = ["doctor", "--dir", str(args.dir), *["--json"] * args.json]
-        return start(command, name="doctor", nproc=args.nproc, timeout=TIMEOUT, grace=TIMEOUT)
+        command, limits = ["doctor", "--dir", str(args.dir), *["--json"] * args.json], Limits(TIMEOUT, TIMEOUT, 1.0)
+        return start(command, name="doctor", nproc=args.nproc, nodes=(1, 1), head=LOCAL, restarts=0, limits=limits)
     report = Report()
-    _software(report)
-    _hardware(report)
+    _processors(report)
     _room(report, args.dir.resolve())
     _exchange(report)
     if _rank() == 0:
-        print(json.dumps(asdict(report), indent=2)) if args.json else _show(report)
+        print(json.dumps(asdict(report), indent=2) if args.json else _text(report))
     return FAILED if report.broken else OK
 
 
-def _software(report: Report) -> None:
+def _processors(report: Report) -> None:
     import torch
 
-    facts, dist = report.facts, torch.distributed
-    facts["Python"] = platform.python_version()
-    facts |= {name: version(name) for name in ("torch", "accelerate")}
-    facts["CUDA"] = str(torch.version.cuda)
-    nccl = torch.cuda.nccl.version() if dist.is_nccl_available() else ()  # type: ignore[no-untyped-call]
-    facts["NCCL"], facts["gloo"] = ".".join(map(str, nccl)) or "none", str(dist.is_gloo_available())
-    if not dist.is_gloo_available():
-        report.broken.append("torch was built without gloo, which CPUs talk over")
-
-
-def _hardware(report: Report) -> None:
-    import torch
-
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    report.facts["GPUs"] = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "none"
+    facts, cuda = report.facts, torch.cuda
+    facts |= {"Python": platform.python_version(), "torch": version("torch"), "accelerate": version("accelerate")}
+    nccl = cuda.nccl.version() if torch.distributed.is_nccl_available() else ()  # type: ignore[no-untyped-call]
+    facts |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, nccl)) or "none"}
+    facts["gloo"] = "available" if torch.distributed.is_gloo_available() else "none"
+    names = [cuda.get_device_name(number) for number in range(cuda.device_count())]
+    facts["GPUs"] = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "none"
     here, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), len(os.sched_getaffinity(0))
     if names and here > len(names):
         report.broken.append(f"{here} processes on {len(names)} GPUs: each needs its own")
     if shutil.which("nvidia-smi"):
         topology = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True).stdout
-        report.facts["interconnect"] = topology.partition("Legend")[0].strip()
+        facts["interconnect"] = topology.partition("Legend")[0].strip()
         if not names:
-            report.doubts.append(
-                f"nvidia-smi is here, and torch sees no GPU; CUDA {torch.version.cuda} for the driver?"
-            )
-    report.facts["threads"] = f"OMP_NUM_THREADS = {torch.get_num_threads()} × {here} processes on {cores} cores"
+            report.doubts.append(f"nvidia-smi is here and torch (CUDA {torch.version.cuda}) sees no GPU: old driver?")
+    facts["threads"] = f"OMP_NUM_THREADS = {torch.get_num_threads()} × {here} processes on {cores} cores"
     if torch.get_num_threads() * here > cores:
-        report.doubts.append(f"{report.facts['threads']}: set OMP_NUM_THREADS={max(1, cores // here)}")
-    report.facts["open files"] = str(files := resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    if 0 <= files < 4096:
-        report.doubts.append(f"ulimit -n is {files}: connections and data loaders may need more; 4096 is enough")
+        report.doubts.append(f"{facts['threads']}: set OMP_NUM_THREADS={max(1, cores // here)}")
 
 
 def _room(report: Report, directory: Path) -> None:
@@ -106,10 +89,13 @@ def _room(report: Report, directory: Path) -> None:
             report.doubts.append(f"{place} has {free:.2f} GiB left: checkpoints, NCCL and data loaders need room")
     if not os.access(there, os.W_OK | os.X_OK):
         report.broken.append(f"{there} cannot be written to")
+    report.facts["open files"] = str(files := resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    if 0 <= files < 4096:
+        report.doubts.append(f"ulimit -n is {files}: connections and data loaders may need more; 4096 is enough")
 
 
 def _exchange(report: Report) -> None:
-    """What takes all processes: the speed of an all-reduce, and their clocks."""
+    """What takes all processes: the time and speed of an all-reduce, medians, and their clocks."""
     report.facts["clock"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     if _world_size() == 1:
         return
@@ -119,11 +105,17 @@ def _exchange(report: Report) -> None:
 
     try:
         with Runtime(parallel=Parallel(timeout=TIMEOUT)) as runtime:
-            share = 2 * (runtime.world_size - 1) / runtime.world_size
             for name, size in SIZES.items():
-                seconds = _all_reduce(runtime, size)
-                speed = f", {share * size / seconds / 1e9:.3g} GB/s out of each process" if size > 4 else ""
-                report.facts[f"all-reduce {name}"] = f"{seconds * 1e3:.3g} ms{speed}"
+                tensor, seconds = torch.zeros(size // 4, device=runtime.device), []
+                for _ in range(REPEATS):
+                    start = time.perf_counter()
+                    runtime.sum(tensor)
+                    tensor[0].item()  # waits for a GPU
+                    seconds.append(time.perf_counter() - start)
+                median = statistics.median(seconds[1:])  # the first one also connects
+                sent = 2 * (runtime.world_size - 1) / runtime.world_size * size
+                speed = f"{median * 1e3:.3g} ms, {sent / median / 1e9:.3g} GB/s out of each process"
+                report.facts[f"all-reduce {name}"] = speed
             clocks = runtime.gather(torch.tensor([time.time()], dtype=torch.float64, device=runtime.device))
     except (RuntimeError, ValueError) as error:
         report.broken.append(f"the processes cannot talk: {error}")
@@ -132,29 +124,7 @@ def _exchange(report: Report) -> None:
         report.doubts.append(f"clocks are {apart:.3g} s apart, so logs of different machines do not fit together")
 
 
-def _all_reduce(runtime: Runtime, size: int) -> float:
-    """Seconds that a sum of ``size`` bytes over all processes takes, the median."""
-    import torch
-
-    tensor, seconds = torch.zeros(size // 4, device=runtime.device), []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        runtime.sum(tensor)
-        tensor[0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])  # the first one also connects
-
-
-def _show(report: Report) -> None:
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE, show_header=False, pad_edge=False)
-    for row in report.facts.items():
-        table.add_row(*row)
-    console = Console(markup=False, highlight=False)
-    console.print(table)
-    for kind, lines in (("looks wrong", report.doubts), ("broken", report.broken)):
-        for line in lines:
-            console.print(f"{kind}: {line}", soft_wrap=True)
+def _text(report: Report) -> str:
+    lines = [f"{name:24} {value}" for name, value in report.facts.items()]
+    lines += [f"looks wrong: {line}" for line in report.doubts] + [f"broken: {line}" for line in report.broken]
+    return "\n".join(lines)

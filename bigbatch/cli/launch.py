@@ -26,6 +26,7 @@ from bigbatch.config import ConfigError, load_config
 from .watchdog import Limits, say, supervise
 
 PORT = 29400
+LOCAL = "127.0.0.1:0"
 JOIN = 600
 """Seconds in which the machines must have found each other, at the start and after a failure."""
 STALL = 300.0
@@ -43,77 +44,58 @@ def add_to(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """The verb. Exit codes are train's; 2 also where a recipe cannot run on so many processes."""
     config = load_config(args.config, args.overrides)
-    nproc = args.nproc or _devices()
-    least, most = _numbers(args.nnodes)
-    if most > 1 and not args.head:
+    nproc, parts = args.nproc or _devices(), args.nnodes.split(":")
+    nodes = [int(part) for part in parts if part.isdecimal()]
+    if not 1 <= len(nodes) == len(parts) <= 2 or not 1 <= nodes[0] <= nodes[-1]:
+        raise ConfigError(f"--nnodes = {args.nnodes}: give a number of machines, or the least and the most, MIN:MAX")
+    if nodes[-1] > 1 and not args.head:
         raise ConfigError(f"--nnodes = {args.nnodes}: several machines meet on one of them; name it, --head HOST:PORT")
-    for nodes in range(least, most + 1):
-        make_plan(config, world_size=nodes * nproc)
-    overrides = list(args.overrides)
-    if least == most and config.parallel.expect_world_size is None:
-        overrides.append(f"parallel.expect_world_size={most * nproc}")
+    for number in range(nodes[0], nodes[-1] + 1):
+        make_plan(config, world_size=number * nproc)
+    arguments = ["train", args.config, *args.overrides]
+    if nodes[0] == nodes[-1] and config.parallel.expect_world_size is None:
+        arguments.append(f"parallel.expect_world_size={nodes[0] * nproc}")
     code = start(
-        ["train", args.config, *overrides],
+        arguments,
         name=config.run.dir,
         nproc=nproc,
-        nnodes=(least, most),
-        head=args.head or "127.0.0.1:0",
+        nodes=(nodes[0], nodes[-1]),
+        head=args.head or LOCAL,
         restarts=args.max_restarts,
-        timeout=config.parallel.timeout,
-        grace=config.run.grace,
+        limits=Limits(JOIN, min(config.parallel.timeout / 2, STALL), config.run.grace),
     )
     return PREEMPTED if code == OK and Path(config.run.dir, "preempted.json").exists() else code
 
 
 def start(
-    arguments: Sequence[str],
-    *,
-    name: str,
-    nproc: int,
-    nnodes: tuple[int, int] = (1, 1),
-    head: str = "127.0.0.1:0",
-    restarts: int = 0,
-    timeout: float,
-    grace: float,
+    arguments: Sequence[str], *, name: str, nproc: int, nodes: tuple[int, int], head: str, restarts: int, limits: Limits
 ) -> int:
     """``bigbatch ARGUMENTS`` in ``nproc`` processes here and on every machine that does the same; the exit code.
 
-    ``name`` tells apart what meets on one head. ``timeout`` and ``grace``, in seconds, are ``parallel.timeout`` and
-    ``run.grace``. Raises ConfigError where the head cannot be reached.
+    ``nodes`` is the least and the most number of machines, and ``name`` tells apart what meets on one head. Raises
+    ConfigError where the head cannot be reached.
     """
     host, _, port = head.partition(":")
     address, listen, interface = _route(host, port)
-    stall = min(timeout / 2, STALL)
     defaults: dict[str, object] = {
         "OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // nproc),
-        # An NCCL collective that fails or takes too long ends the process; not even an abort that hangs holds it up,
+        # An NCCL collective that fails or takes too long ends the process, and not even an abort that hangs delays it.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": 3,
-        # and neither does a watchdog thread that does.
-        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": math.ceil(max(60, min(timeout, 480))),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": math.ceil(grace),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": math.ceil(limits.grace),
         # The store that agents share keeps its first address, whoever joins them later.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": int(nnodes[0] < nnodes[1]),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": int(nodes[0] < nodes[1]),
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
     }
     chosen = {variable: os.environ.get(variable, str(value)) for variable, value in defaults.items() if value}
-    say(f"{nproc} processes here, {address}, of {':'.join(map(str, nnodes))} machines that meet at {host}")
+    say(f"{nproc} processes at {address}; machines: {' to '.join(map(str, sorted(set(nodes))))}, which meet at {host}")
     say(" ".join(f"{variable}={value}" for variable, value in chosen.items()))
-    settings = {
-        "host": host,
-        "port": int(port or PORT),
-        "listen": listen,
-        "min_nodes": nnodes[0],
-        "max_nodes": nnodes[1],
-        "nproc_per_node": nproc,
-        "run_id": name,
-        "max_restarts": 0,
-        "local_addr": address,
-        "rdzv_backend": "c10d",
-        "rdzv_configs": {"is_host": False, "join_timeout": JOIN, "last_call_timeout": math.ceil(min(stall / 2, 30))},
-    }
+    settings: dict[str, object] = {"host": host, "port": int(port or PORT), "listen": listen, "local_addr": address}
+    settings |= {"run_id": name, "min_nodes": nodes[0], "max_nodes": nodes[1], "nproc_per_node": nproc}
+    last_call = math.ceil(min(limits.stall / 2, 30))
+    settings["rdzv_configs"] = {"is_host": False, "join_timeout": JOIN, "last_call_timeout": last_call}
     command = [sys.executable, "-m", "bigbatch.cli.agent", json.dumps(settings), "-u", "-m", "bigbatch", *arguments]
-    return supervise(command, os.environ | chosen, restarts=restarts, limits=Limits(JOIN, stall, grace))
+    return supervise(command, os.environ | chosen, restarts=restarts, limits=limits)
 
 
 def _devices() -> int:
@@ -121,17 +103,6 @@ def _devices() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
-
-
-def _numbers(text: str) -> tuple[int, int]:
-    least, _, most = text.partition(":")
-    try:
-        numbers = int(least), int(most or least)
-    except ValueError:
-        numbers = 0, 0
-    if not 1 <= numbers[0] <= numbers[1]:
-        raise ConfigError(f"--nnodes = {text}: give a number of machines, or the least and the most of them, MIN:MAX")
-    return numbers
 
 
 def _route(head: str, port: str) -> tuple[str, str | None, str | None]:

@@ -99,9 +99,8 @@ def _send(workers: Set[psutil.Process], number: signal.Signals) -> None:
 def _workers(agent: int) -> set[psutil.Process]:
     """The agent's workers that have not ended; it may be in no state to notice that they have."""
     alive = set()
-    with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(agent).children():
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if os.getsid(child.pid) == child.pid and child.status() != psutil.STATUS_ZOMBIE:
-                    alive.add(child)
+    for child in psutil.Process(agent).children():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(child.pid) == child.pid and child.status() != psutil.STATUS_ZOMBIE:
+                alive.add(child)
     return alive

@@ -14,8 +14,8 @@ import psutil
 from bigbatch.cli.watchdog import ALONE
 from runs.command import ROOT, environment
 
-SETTINGS = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 1, "run_id": "test", "max_restarts": 0}
-HERE = {"host": "127.0.0.1", "port": 0, "listen": "127.0.0.1", "local_addr": "127.0.0.1", "rdzv_backend": "c10d"}
+SETTINGS = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 1, "run_id": "test"}
+HERE = {"host": "127.0.0.1", "port": 0, "listen": "127.0.0.1", "local_addr": "127.0.0.1"}
 
 
 def agent(*command: str, **settings: object) -> list[str]:

@@ -1,24 +1,21 @@
 #!/usr/bin/env bash
-# Train on several machines: start the same command on each of them, within a few minutes. Not run at this scale.
+# Train on several machines: start the same command on each of them, within ten minutes. Run on two network hosts without
+# GPUs (tests/launch/test_network.py), not at scale.
 #
-#   HEAD=HOST[:PORT] NNODES=N [NPROC=P] launch/torchrun_multinode.sh CONFIG [key.path=value ...]
+#   HEAD=HOST[:PORT] NNODES=N|MIN:MAX [NPROC=P] [RESTARTS=R] launch/torchrun_multinode.sh CONFIG [key.path=value ...]
 #
-# HEAD    a machine of the run that all others reach, as they know it; PORT is 29400 unless given
-# NNODES  number of machines
-# NPROC   processes on this machine; one per GPU unless given (one where there is none)
-# RUN_ID  tells runs apart that use the same HEAD at the same time; "bigbatch" unless given
+# HEAD      the machine where all meet, as the others know it; PORT is 29400 unless given
+# NNODES    number of machines, or MIN:MAX: as many as come, and more later
+# NPROC     processes on this machine; one per GPU unless given (one where there is none)
+# RESTARTS  failures after which the run is started again; 3 unless given
 #
-# The code, the data and run.dir must be found under the same paths on every machine; run.dir must be shared.
+# The code, the data and run.dir must be found under the same paths on every machine; run.dir must be shared. HEAD unpickles
+# what it is sent on PORT: let nobody else reach it.
 set -euo pipefail
 
 if [ $# -eq 0 ] || [ -z "${HEAD:-}" ] || [ -z "${NNODES:-}" ]; then
-    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-NPROC=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-share=$(($(nproc) / NPROC))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
-echo "torchrun: $NPROC processes here of $NNODES machines, head $HEAD, OMP_NUM_THREADS=$OMP_NUM_THREADS" >&2
-
-exec torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
-    --rdzv-id "${RUN_ID:-bigbatch}" -m bigbatch train "$@"
+exec python -m bigbatch launch ${NPROC:+--nproc "$NPROC"} --nnodes "$NNODES" --head "$HEAD" \
+    --max-restarts "${RESTARTS:-3}" "$@"

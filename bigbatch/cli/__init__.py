@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .slurm import join_step
 
             join_step()
+            _check_launch()
         return int(args.verb(args))
     except ConfigError as error:
         return _say(_brief(str(error)), USAGE)
@@ -81,7 +82,7 @@ class _Lenient:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import slurm
+    from . import doctor, launch, slurm
 
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -117,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
     )
     verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    launch.add_to(verb)
+    doctor.add_to(verb)
     slurm.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     from .checkpoint import add_checkpoint  # which needs what is above
@@ -313,6 +316,24 @@ def _launched() -> bool:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _check_launch() -> None:
+    """Refuse processes that were started as one of several and do not know of the others: each would train alone."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    # Where accelerate launch is to start several, it says where they meet, even if it then starts one.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes and has started one, as it does with --cpu and "
+            "MULTI_CPU: use one of launch/accelerate/, or bigbatch launch --nproc"
+        )
+    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(variable, "1") != "1":
+            raise ConfigError(
+                f"{variable} = {os.environ[variable]}: mpirun starts processes that do not know of each other; have it "
+                "start bigbatch launch, once per node"
+            )
 
 
 def _brief(message: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from .redact import redact
 
 Tree = dict[str, Any]
 
-MOST_VALUES = 10_000
-"""Values a recipe may have, each counted as often as an alias repeats it."""
+LONGEST = 100_000
+"""Characters a recipe may have, counted as often as aliases repeat them."""
 
 TAGS = {"optim": "name", "task": "name", "data": "name"} | dict.fromkeys(("warmup", "decay", "clip", "norm"), "kind")
 """The key of a section that says what its other keys mean."""
@@ -29,24 +28,24 @@ class ConfigError(ValueError):
 class _Loader(yaml.SafeLoader):
     """YAML where ``off`` is a word and ``1e-1`` a number, and a repeated key is an error.
 
-    It has no tags, which can stand for objects, and at most `MOST_VALUES`, which nested aliases otherwise multiply.
+    It has no tags, which can stand for objects, and is at most `LONGEST`, though nested aliases multiply.
     """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self._values = 0
-        self._sizes: dict[yaml.Node | None, int] = {}
+        self._length = 0
+        self._lengths: dict[yaml.Node, int] = {}
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event, before = self.peek_event(), self._values  # type: ignore[no-untyped-call]
+    def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
+        event, before = self.peek_event(), self._length  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None):
             raise ConfigError(f"{event.tag}, line {event.start_mark.line + 1}: a recipe has no tags; remove it")
-        node = super().compose_node(parent, index)
-        # An alias inside of what it stands for has no size yet, and no end.
-        self._values += self._sizes.get(node, MOST_VALUES) if isinstance(event, yaml.AliasEvent) else 1
-        self._sizes.setdefault(node, self._values - before)
-        if self._values > MOST_VALUES:
-            raise ConfigError(f"more than {MOST_VALUES} values, counted as often as aliases repeat them; use fewer")
+        node: Any = super().compose_node(parent, index)
+        # An alias inside of what it stands for has no length yet, and no end.
+        self._length += self._lengths.get(node, LONGEST) if isinstance(event, yaml.AliasEvent) else 1 + len(node.value)
+        self._lengths.setdefault(node, self._length - before)
+        if self._length > LONGEST:
+            raise ConfigError(f"more than {LONGEST} characters, counted as often as aliases repeat them; shorten it")
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -119,18 +118,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return result
 
 
-class _Short(reprlib.Repr):
-    """A value as a message has room for it: its outer levels, long text without its middle, and no secrets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = self.maxlong = 100
-
-    def repr_str(self, x: str, level: int) -> str:
-        return super().repr_str(redact(x), level)
-
-
-_shown = _Short().repr
+def _shown(value: object) -> str:
+    """A value as a message has room for it."""
+    return redact(repr(value))[:200]
 
 
 def explain(error: ValidationError, tree: object) -> str:
@@ -212,7 +202,7 @@ def _names_section(override: str) -> bool:
 def _override(text: str) -> Tree:
     key, equals, raw = text.partition("=")
     parts = key.split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or len(parts) > 20:
         raise ConfigError(f"override {text!r}: write key.path=value, for example batch.global=1024")
     try:
         value = yaml.load(raw, Loader=_Loader)

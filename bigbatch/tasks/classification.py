@@ -66,6 +66,8 @@ class ClassificationTask:
 
     def _check_name(self) -> None:
         name = self.config.model
+        if "checkpoint_path" in self.config.options:
+            raise ValueError("task.options.checkpoint_path: no weights are loaded, and some timm would run their code")
         if name == OWN:
             return
         import timm  # slow to import, and not needed by our own model

@@ -53,7 +53,7 @@ class Trackers:
         for tracker in tuple(self._trackers):
             try:
                 call(tracker)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # rich leaves when the console's reader does
                 dropped = not isinstance(error, may_pass)
                 if dropped:
                     self._trackers.remove(tracker)
@@ -63,7 +63,7 @@ class Trackers:
                     say(f"tracking: {type(tracker).__name__.lower()} failed: {one_line(error)}; {then}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

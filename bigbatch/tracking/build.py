@@ -32,5 +32,6 @@ def build_trackers(
         message = f"tracking.wandb.mode = {wandb.mode} is not used while debug is on; set debug: false to track the run"
         warnings.append({"event": "warning", "code": "debug_without_wandb", "message": message})
     elif wandb.mode != "disabled":
-        trackers.append(Wandb(wandb, dir=run_dir, resume_step=resume_step))
+        patience = min(30.0, config.parallel.timeout / 3)  # the other processes wait meanwhile
+        trackers.append(Wandb(wandb, dir=run_dir, resume_step=resume_step, patience=patience))
     return Trackers(trackers, warnings=warnings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,14 +21,6 @@ REDRAW = 0.1
 """Seconds between two drawings of the bar."""
 
 
-class _Terminal(rich.console.Console):
-    """A console whose reader may go (``| head``): what is left goes nowhere, and nothing ends for it."""
-
-    def on_broken_pipe(self) -> None:
-        with contextlib.suppress(SystemExit):
-            super().on_broken_pipe()
-
-
 class Console:
     """Shows epoch, loss, learning rate, samples per second and the time left.
 
@@ -46,7 +37,7 @@ class Console:
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._out = console or _Terminal(force_terminal=True if mode == "bar" else None)
+        self._out = console or rich.console.Console(force_terminal=True if mode == "bar" else None)
         self._mode = mode if mode != "auto" else "bar" if self._out.is_interactive else "lines"
         self._samples, self._steps = total_samples, total_steps
         self._clock = clock

@@ -15,9 +15,6 @@ from .jsonl import read_events
 
 CLOCK = ("step", "samples", "epoch")
 
-INIT_SECONDS = 30
-"""Longest wait for the server at the start of a run; without it the run is kept offline."""
-
 FINISH_SECONDS = 120
 """Longest wait for uploads at the end of a run; `wandb sync` uploads the rest from the run's directory."""
 
@@ -29,11 +26,13 @@ class Wandb:
     row, committed when the next step begins or the run ends. The run's id is kept in ``wandb_id.txt``, and a resumed
     run goes on under it. Rows never go back: a step that W&B already has is dropped, and one that a killed process took
     with it is filled in from ``metrics.jsonl``. What W&B has, the server says (online) or the logs under ``wandb/``
-    (offline, where every start adds a directory of its own).
+    (offline, where every start adds a directory of its own). A server that does not answer within ``patience`` seconds
+    is done without: this start is kept offline.
     """
 
-    def __init__(self, config: Settings, *, dir: Path, resume_step: int | None) -> None:
+    def __init__(self, config: Settings, *, dir: Path, resume_step: int | None, patience: float = 30.0) -> None:
         self._config = config
+        self._patience = patience
         self._dir = dir
         self._resume_step = resume_step
         self._row: dict[str, Any] = {}
@@ -80,7 +79,7 @@ class Wandb:
             allow_val_change=True,  # a run may go on with another world size
             reinit="create_new",  # leave alone what the caller's own script does with wandb
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS
+                silent=True, console="off", init_timeout=self._patience, finish_timeout=FINISH_SECONDS
             ),
         )
 

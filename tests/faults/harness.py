@@ -280,7 +280,7 @@ def pipe(run: Run, draw: random.Random, seconds: float, times: int) -> None:
 def wandb(run: Run, draw: random.Random, seconds: float, times: int) -> None:
     """There is no Weights & Biases server."""
     run.environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
-    run.overrides = ("tracking.wandb.mode=online",)
+    run.overrides = ("tracking.wandb.mode=online", "parallel.timeout=30")
     run.struck["starting"] += 1
     run.complete()
     if not list(run.path.glob("wandb/offline-run-*")):

@@ -73,6 +73,13 @@ def test_what_may_pass_is_tried_again_and_named_once(capsys: pytest.CaptureFixtu
     assert dropped.endswith("brittle failed: broken for good; training goes on without it")
 
 
+def test_a_tracker_that_leaves_does_not_take_the_run_along(capsys: pytest.CaptureFixture[str]) -> None:
+    last = Recorder()
+    Trackers([Brittle("log", SystemExit(1)), last]).log({"event": "step", "step": 1})
+    assert last.calls == [{"event": "step", "step": 1}]
+    assert "training goes on without it" in capsys.readouterr().err
+
+
 def test_a_failure_tells_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
     Trackers([Brittle("log", RuntimeError("https://me:hunter2@host/x refused"))]).log({"event": "step", "step": 1})
     assert capsys.readouterr().err.startswith("tracking: brittle failed: https://***@host/x refused;")

@@ -171,10 +171,9 @@ def test_wandb_asked_for_on_a_resume_gets_the_whole_history(tmp_path: Path) -> N
 def test_without_a_server_the_run_is_kept_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bigbatch.tracking.wandb.INIT_SECONDS", 1)
     for name, value in (("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "0123456789" * 4), ("MODE", "online")):
         monkeypatch.setenv(f"WANDB_{name}", value)
-    tracker = Wandb(Settings(mode="online"), dir=tmp_path, resume_step=None)
+    tracker = Wandb(Settings(mode="online"), dir=tmp_path, resume_step=None, patience=1)
     tracker.start({}, {})
     tracker.log(step(1))
     tracker.finish("done")

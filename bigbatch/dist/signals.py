@@ -50,7 +50,8 @@ class StopSignal:
                 if asked := [signal.Signals(number).name for number in numbers if number in SIGNALS]:
                     self.asked = asked[0]
                     break
-        if self.asked and not self._left.wait(self._grace):
-            message = f"bigbatch: {self.asked} was {self._grace:g} s ago (run.grace) and the run has not ended; left"
-            print(f"{message} without saving, the newest checkpoint is whole", file=sys.stderr, flush=True)
-            os._exit(1)
+            # The pipe stays open: a signal that finds it closed is an error, which the interpreter reports.
+            if self.asked and not self._left.wait(self._grace):
+                message = f"bigbatch: {self.asked} was {self._grace:g} s ago (run.grace) and the run has not ended; left"
+                print(f"{message} without saving, the newest checkpoint is whole", file=sys.stderr, flush=True)
+                os._exit(1)

@@ -9,7 +9,8 @@ import pytest
 
 from ranks import run_ranks
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [path for path in sorted(DOCS.glob("*.md")) if "```python" in path.read_text()]
 
 
 def run(rank, blocks):
@@ -24,5 +25,5 @@ def run(rank, blocks):
 def test_every_block_of_python_runs(page):
     text = page.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == text.count("```python") > 0
+    assert len(blocks) == text.count("```python")
     assert run_ranks(2, run, blocks) == [len(blocks)] * 2

@@ -52,6 +52,6 @@ class StopSignal:
                     break
             # The pipe stays open: a signal that finds it closed is an error, which the interpreter reports.
             if self.asked and not self._left.wait(self._grace):
-                message = f"bigbatch: {self.asked} was {self._grace:g} s ago (run.grace) and the run has not ended; left"
-                print(f"{message} without saving, the newest checkpoint is whole", file=sys.stderr, flush=True)
+                message = f"{self.asked} was {self._grace:g} s ago (run.grace) and the run has not ended; left without"
+                print(f"bigbatch: {message} saving, the newest checkpoint is whole", file=sys.stderr, flush=True)
                 os._exit(1)

@@ -64,6 +64,9 @@ def test_a_cut_for_good_ends_both_sides(recipe: Path, tmp_path: Path) -> None:
         network.cut(2)
         # With TCP's default settings torchrun's agents hang for a quarter of an hour.
         assert [process.wait(timeout=2 * TIMEOUT) for process in both] == [1, 1]
+    # Each side names the host it misses.
+    assert "host n2" in (tmp_path / "n1.log").read_text()
+    assert f"host {address(1)} (MASTER_ADDR) does not answer" in (tmp_path / "n2.log").read_text()
 
 
 def test_what_comes_back_goes_on(recipe: Path, tmp_path: Path) -> None:

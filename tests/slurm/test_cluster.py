@@ -15,7 +15,7 @@ from slurm.cluster import ROOT, Cluster, why_not
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 RECIPE = "configs/digits/lars_512.yaml"
-# A save sums batch norm's running statistics over processes, which rounds them: bit by bit the same takes the same saves.
+# A save sums running statistics over processes, and so rounds them: to be the same bit by bit, save at the same steps.
 OVERRIDES = ("duration=30ep", "checkpoint.every=1st", "eval.every=20ep", "tracking.console=none", "parallel.timeout=60")
 
 

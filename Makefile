@@ -6,10 +6,11 @@ READY := $(VENV)/.ready
 
 STEPS ?= 20
 
-.PHONY: help setup test lint demo verify clean
+.PHONY: help setup test cluster lint demo verify clean
 
 help:
-	@echo 'make test    lint, type check and run all tests'
+	@echo 'make test    lint, type check and run all tests but the next'
+	@echo 'make cluster tests on several hosts and under SLURM, made of namespaces of this machine; needs root'
 	@echo 'make demo    train digits at batch 32 and at batch 512 with LARS, and compare'
 	@echo 'make verify  prove that the recipes are the same run in every layout (STEPS=$(STEPS))'
 	@echo 'make lint    ruff and mypy alone'
@@ -31,6 +32,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+cluster: $(READY)
+	$(BIN)/python -m pytest -m cluster
 
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh

@@ -40,8 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch.config import Duration, RunConfig
 from bigbatch.data import load_data, size_of
-from bigbatch.dist import Runtime, StopSignal, run_processes
+from bigbatch.dist import Runtime, run_processes
 from bigbatch.plan import resolve
+from bigbatch.signals import StopSignal
 from bigbatch.tasks import build_task
 from bigbatch.train import assemble, train
 

@@ -19,7 +19,7 @@ FLOORS = (
     {"train"},
     {"measure"},
     {"optim", "clip", "dropout", "norm", "dist", "data", "tasks", "tracking"},
-    {"keyed"},
+    {"keyed", "signals"},
     {"plan"},
     {"schedules"},
     {"config"},

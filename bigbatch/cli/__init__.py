@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from bigbatch.config import ConfigError, RunConfig, load_config, redact
 from bigbatch.plan import Plan
+from bigbatch.signals import StopSignal
 
 if TYPE_CHECKING:
     from bigbatch.train import Parts
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_launch()
         return int(args.verb(args))
     except ConfigError as error:
-        return _say(_brief(str(error)), USAGE)
+        return _say(_brief(redact(str(error))), USAGE)
     except KeyboardInterrupt:
         return _say("interrupted; the same command goes on from the newest checkpoint", 130)
 
@@ -188,22 +189,27 @@ def show_plan(plan: Plan) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
+    with StopSignal(grace=config.run.grace, code=OK if _launched() else PREEMPTED) as stop:
+        return _train_until(stop, config)
+
+
+def _train_until(stop: StopSignal, config: RunConfig) -> int:
     plan = make_plan(config, world_size=_world_size())
 
-    from bigbatch.dist import StopSignal, lost_contact
+    from bigbatch.dist import lost_contact
     from bigbatch.train import Preempted, RunError, train
 
     if _rank() == 0 and config.tracking.console != "none":
         show_plan(plan)
     try:
-        with StopSignal(grace=config.run.grace) as stop, _assembled(config, plan) as parts:
+        with _assembled(config, plan) as parts:
             summary = train(parts, stop)
     except RunError as error:
         return _say(str(error), FAILED)
     except Preempted as message:
         if _rank() == 0:
             print(f"bigbatch: {message}", file=sys.stderr, flush=True)
-        return OK if _launched() else PREEMPTED
+        return stop.code
     except RuntimeError as error:
         if not lost_contact(error):
             raise

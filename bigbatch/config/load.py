@@ -206,6 +206,8 @@ def _override(text: str) -> Tree:
         raise ConfigError(f"override {text!r}: write key.path=value, for example batch.global=1024")
     try:
         value = yaml.load(raw, Loader=_Loader)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override {text[:80]!r}: the value is not YAML; quote it") from None
     for part in reversed(parts):

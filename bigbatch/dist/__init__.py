@@ -5,13 +5,11 @@ from .fsdp2 import part
 from .heartbeat import repeat, say
 from .local import RankError, run_processes
 from .runtime import Runtime, lost_contact
-from .signals import StopSignal
 from .strategy import Strategy
 
 __all__ = [
     "RankError",
     "Runtime",
-    "StopSignal",
     "Strategy",
     "lost_contact",
     "part",

@@ -22,6 +22,8 @@ class Tracker(Protocol):
 
     def log(self, event: Event) -> None: ...
 
+    def sync(self) -> None: ...
+
     def finish(self, status: Status) -> None: ...
 
 
@@ -45,6 +47,10 @@ class Trackers:
 
     def log(self, event: Event) -> None:
         self._each(lambda tracker: tracker.log(event), may_pass=OSError)
+
+    def sync(self) -> None:
+        """What has been logged outlives a power cut, where that is up to this machine."""
+        self._each(lambda tracker: tracker.sync(), may_pass=OSError)
 
     def finish(self, status: Status) -> None:
         self._each(lambda tracker: tracker.finish(status))

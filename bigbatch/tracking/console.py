@@ -72,6 +72,9 @@ class Console:
             case "warning":
                 self._print(f"warning: {event['message']}")
 
+    def sync(self) -> None:
+        """Nothing here outlives more than it does already."""
+
     def finish(self, status: Status) -> None:
         if self._mode == "bar":
             self._bar.refresh()

@@ -41,6 +41,11 @@ class Jsonl:
             self._unwritten += _line(event)
         self._write()
 
+    def sync(self) -> None:
+        self._write()
+        if self._file:
+            os.fsync(self._file.fileno())
+
     def finish(self, status: Status) -> None:
         try:
             self._write()

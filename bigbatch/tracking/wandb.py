@@ -93,6 +93,9 @@ class Wandb:
             if isinstance(value, (int, float)):
                 self._row[name if name in CLOCK else f"{prefix}/{name}"] = value
 
+    def sync(self) -> None:
+        """Nothing here outlives more than it does already."""
+
     def finish(self, status: Status) -> None:
         if self._row:
             self._commit()

@@ -9,12 +9,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bigbatch.config import ConfigError, dump_config
-from bigbatch.dist import StopSignal
+from bigbatch.config import dump_config
 from bigbatch.measure import Throughput
+from bigbatch.signals import StopSignal
 from bigbatch.tracking import Trackers, build_trackers
 
 from .checkpoint import Checkpoints, Saved
@@ -22,7 +23,7 @@ from .diagnose import diagnose
 from .evaluate import evaluate
 from .guard import check_ranks
 from .lease import Lease
-from .resume import find, restore
+from .resume import find, on_rank_0, restore
 from .state import Clock, Parts, Preempted, RunError, StepReport
 from .step import train_step
 
@@ -76,13 +77,22 @@ def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
     clock = restore(parts, saved) if saved else Clock()
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
-    complete = parts.runtime.agree(clock.samples >= parts.plan.samples and (run / SUMMARY).is_file())
-    if complete:
-        return json.loads((run / SUMMARY).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    if parts.runtime.rank == 0:
+
+    def begin() -> dict[str, Any] | None:
+        """The summary of a run that is complete; else all is written down for one that is not."""
+        (run / PREEMPTED).unlink(missing_ok=True)
+        if clock.samples >= parts.plan.samples and (run / SUMMARY).is_file():
+            return json.loads((run / SUMMARY).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
         lease.begin(clock.step)
-        _write_inputs(parts, run)
+        # The run is not complete, whatever another one may have left here.
+        (run / SUMMARY).unlink(missing_ok=True)
+        _write(run / "config.yaml", dump_config(parts.config))
+        _write(run / "plan.json", parts.plan.to_json())
         checkpoints.set_aside(saved)
+        return None
+
+    if complete := on_rank_0(parts, begin):
+        return complete
     trackers = build_trackers(
         parts.config,
         run_dir=run,
@@ -223,6 +233,7 @@ def _save(session: Session, metrics: Metrics | None, *, late: bool = False) -> N
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
+    session.trackers.sync()  # what the checkpoint has taken, the metrics have
     session.checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state, since=since)
 
 
@@ -243,23 +254,10 @@ def _leave(session: Session) -> NoReturn:
     """Make sure of the save and leave a note to go on, for launchers, which do not hand on exit codes."""
     _settle(session)
     run, clock = Path(session.parts.config.run.dir), session.clock
-    if session.parts.runtime.rank == 0:
-        note = {"signal": session.stop.asked, "step": clock.step, "samples": clock.samples}
-        _write(run / PREEMPTED, json.dumps(note))
-    session.parts.runtime.agree(None)  # none leaves before the note is there
+    note = {"signal": session.stop.asked, "step": clock.step, "samples": clock.samples}
+    on_rank_0(session.parts, partial(_write_as_owner, session, PREEMPTED, note))
+    session.stop.saved = True
     raise Preempted(f"{run}: asked to stop, saved after step {clock.step}; the same command goes on")
-
-
-def _write_inputs(parts: Parts, run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        # The run is not complete, whatever another one may have left here.
-        (run / SUMMARY).unlink(missing_ok=True)
-        (run / PREEMPTED).unlink(missing_ok=True)
-        _write(run / "config.yaml", dump_config(parts.config))
-        _write(run / "plan.json", parts.plan.to_json())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run.dir = {run}: cannot be written ({error}); give another directory") from None
 
 
 def _announce(session: Session, saved: Saved | None, damage: Sequence[str]) -> None:
@@ -293,14 +291,17 @@ def _finish(session: Session, validation: Metrics | None) -> dict[str, Any]:
     summary["metrics"] = {**test, **{f"validation_{name}": value for name, value in validation.items()}}
     summary["parameters_sha256"] = parameters_sha256(parts)
     # Written last: a run that has a summary is complete.
-    if parts.runtime.rank == 0:
-        session.lease.check()
-        path = Path(parts.config.run.dir) / SUMMARY
-        try:
-            _write(path, json.dumps(summary, indent=2))
-        except OSError as error:
-            raise RunError(f"{path} cannot be written: {error}; the same command ends the run then") from None
+    on_rank_0(parts, partial(_write_as_owner, session, SUMMARY, summary))
     return summary
+
+
+def _write_as_owner(session: Session, name: str, content: dict[str, Any]) -> None:
+    path = Path(session.parts.config.run.dir) / name
+    try:
+        session.lease.check()
+        _write(path, json.dumps(content, indent=2))
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}; the same command goes on") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,6 +18,9 @@ from .state import Clock, Parts, RunError
 
 T = TypeVar("T")
 
+UNFIT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+"""What the system says of a directory that will be no better the next time."""
+
 FREE_ON_RESUME = ("run", "eval", "checkpoint", "tracking", "parallel", "debug")
 """Sections that may change when a run goes on; everything else defines which run it is."""
 
@@ -29,9 +33,9 @@ def find(parts: Parts, checkpoints: Checkpoints, lease: Lease) -> tuple[Saved | 
     """
     timeout, seconds = parts.config.parallel.timeout, parts.config.run.lease
     # It may take longer to become the owner than a collective may take.
-    while not _on_rank_0(parts, partial(lease.acquire, patience=timeout / 4, limit=max(timeout, 2 * seconds))):
+    while not on_rank_0(parts, partial(lease.acquire, patience=timeout / 4, limit=max(timeout, 2 * seconds))):
         continue
-    return _on_rank_0(parts, partial(checkpoints.newest, valid=lease.valid))
+    return on_rank_0(parts, partial(checkpoints.newest, valid=lease.valid))
 
 
 def restore(parts: Parts, saved: Saved) -> Clock:
@@ -44,8 +48,11 @@ def restore(parts: Parts, saved: Saved) -> Clock:
     return Clock(**{name: state[name] for name in asdict(Clock())})
 
 
-def _on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
-    """What the function returns or raises on rank 0, on every process."""
+def on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
+    """What the function returns or raises on rank 0, on every process.
+
+    ConfigError for a directory that the user must change, RunError for a disk that may be well the next time.
+    """
     found: Any = None
     if parts.runtime.rank == 0:
         try:
@@ -53,7 +60,11 @@ def _on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
         except RunError as error:
             found = error
         except (OSError, ValueError) as error:
-            found = ConfigError(f"run.dir = {parts.config.run.dir!r}: cannot be used ({error}); give another directory")
+            where = f"run.dir = {parts.config.run.dir!r}"
+            if isinstance(error, OSError) and error.errno not in UNFIT:
+                found = RunError(f"{where}: {error}; the same command goes on when the disk works again")
+            else:
+                found = ConfigError(f"{where}: cannot be used ({error}); give another directory")
     found = parts.runtime.agree(found)
     if isinstance(found, Exception):
         raise found

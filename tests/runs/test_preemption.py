@@ -62,7 +62,9 @@ def test_alone(number: signal.Signals, recipe: Path, undisturbed: Path, tmp_path
     child = start(recipe, run, processes=1)
     reach(10, run, child)
     child.send_signal(number)
-    child.send_signal(number)  # a second one changes nothing
+    while child.poll() is None:  # those after the first change nothing
+        time.sleep(0.05)
+        child.send_signal(number)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (75, ""), err
     note = json.loads((run / "preempted.json").read_text())
@@ -111,7 +113,7 @@ def test_the_agent_is_asked(recipe: Path, tmp_path: Path) -> None:
 def test_an_evaluation_that_is_left_out_is_made_up_for(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Stopped after every single step, and so at every evaluation too; a resume does it, and keeps the best."""
     code = (
-        "import sys; from bigbatch.dist import StopSignal; from bigbatch.cli import main;"
+        "import sys; from bigbatch.signals import StopSignal; from bigbatch.cli import main;"
         "StopSignal.__enter__ = lambda self: (setattr(self, 'asked', 'SIGTERM'), self)[1];"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -130,17 +132,36 @@ def test_an_evaluation_that_is_left_out_is_made_up_for(recipe: Path, undisturbed
     assert state["metrics"]["accuracy"] >= 0 and not state["late"]
 
 
-def test_grace_bounds_what_hangs(tmp_path: Path) -> None:
-    """Also where the main thread never comes back to the interpreter."""
-    code = (
-        "import threading, time; from bigbatch.dist import StopSignal\n"
-        "with StopSignal(grace=0.5):\n"
-        "    print('ready', flush=True)\n"
+@pytest.mark.parametrize(("saved", "code"), [(False, 1), (True, 75)])
+def test_grace_bounds_what_hangs(saved: bool, code: int) -> None:
+    """Also where the main thread never comes back to the interpreter; what has been saved by then counts."""
+    script = (
+        "import threading, time; from bigbatch.signals import StopSignal\n"
+        "with StopSignal(grace=0.5) as stop:\n"
+        f"    stop.saved = {saved}; print('ready', flush=True)\n"
         "    lock = threading.Lock(); lock.acquire(); lock.acquire()\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=-1, stderr=-1, text=True)
+    child = subprocess.Popen([sys.executable, "-c", script], env=environment(), stdout=-1, stderr=-1, text=True)
     assert child.stdout and child.stdout.readline() == "ready\n"
     os.kill(child.pid, signal.SIGUSR1)
     _, err = child.communicate(timeout=30)
-    assert child.returncode == 1
+    assert child.returncode == code
     assert err.startswith("bigbatch: SIGUSR1 was 0.5 s ago (run.grace)")
+
+
+def test_asked_while_it_starts(recipe: Path, tmp_path: Path) -> None:
+    """Before torch is there: it takes one step, saves it and ends."""
+    run = tmp_path / "run"
+    child = start(recipe, run, processes=1)
+    status = Path(f"/proc/{child.pid}/status")
+    while not _catches(status):
+        assert child.poll() is None
+    child.send_signal(signal.SIGUSR1)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 75, err
+    assert json.loads((run / "preempted.json").read_text())["step"] == 1
+
+
+def _catches(status: Path) -> bool:
+    (caught,) = (int(line.split()[1], 16) for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(caught >> (signal.SIGUSR1 - 1) & 1)

@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch.dist import StopSignal
 from bigbatch.dist.local import PRELOAD
+from bigbatch.signals import StopSignal
 from bigbatch.train import RunError, train
 from bigbatch.train.checkpoint import Checkpoints, on_host, open_checkpoint
 from train.assembled import assembled

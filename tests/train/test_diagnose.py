@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigbatch.dist import StopSignal
+from bigbatch.signals import StopSignal
 from bigbatch.train import Parts, RunError, train
 from bigbatch.train.diagnose import diagnose
 from train.assembled import assembled

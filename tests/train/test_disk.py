@@ -120,7 +120,7 @@ def trains(rank: int, recipe: str) -> str | None:
     """Why training ends on this rank, without the command line's wait for rank 0 to speak."""
     from bigbatch.cli import _assembled, make_plan
     from bigbatch.config import load_config
-    from bigbatch.dist import StopSignal
+    from bigbatch.signals import StopSignal
     from bigbatch.train import train
 
     config = load_config(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,10 +17,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bigbatch.cli import main
 from bigbatch.train import RunError
 from bigbatch.train.lease import Lease
 from ranks import run_ranks
 from runs.command import ROOT, command, environment, events, summary
+from train.assembled import BASE
 
 LONG = 1e6
 """Seconds of a lease that does not end while a test runs."""
@@ -234,3 +237,20 @@ def test_a_run_that_is_frozen_and_comes_back_does_not_touch_the_one_that_took_ov
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert summary(run)["steps"] == 60 and [e["step"] for e in events(run, "step")] == list(range(1, 61))
     assert json.loads((run / "checkpoints/00000060/state.json").read_text())["owner"] == 2
+
+
+def test_a_disk_that_fails_at_the_start_is_not_the_user_s_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 would tell a scheduler never to try again."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(BASE | {"run": {"dir": str(tmp_path / "run")}, "tracking": {"console": "none"}}))
+    for number, code in ((errno.ESTALE, 1), (errno.ENOSPC, 1), (errno.EROFS, 2)):
+
+        def fails(self: Lease, step: int, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Lease, "begin", fails)
+        assert main(["train", str(recipe)]) == code
+        said = capsys.readouterr().err
+        assert "run.dir = " in said and os.strerror(number) in said and "Traceback" not in said

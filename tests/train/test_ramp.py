@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bigbatch.dist import StopSignal
+from bigbatch.signals import StopSignal
 from bigbatch.train import train
 from train.assembled import assembled
 

@@ -13,13 +13,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopSignal:
     """While entered, the first of `SIGNALS` sets ``asked`` to its name, and the process has ``grace`` seconds to end.
 
-    If it has not left by then, it ends with code 1. Further signals change nothing: what is being written is written.
-    Signals are seen while the main thread waits inside a collective too, where Python would not call a handler. Enter
-    it in the main thread; elsewhere signals stay as they are.
+    If it has not left by then, it ends with code 1, or with ``code`` once the loop has set ``saved``. Further signals
+    change nothing: what is being written is written. Signals are seen while the main thread waits inside a collective
+    too, where Python would not call a handler. Enter it in the main thread; elsewhere signals stay as they are.
     """
 
-    def __init__(self, *, grace: float) -> None:
+    def __init__(self, *, grace: float, code: int = 75) -> None:
         self.asked: str | None = None
+        self.saved, self.code = False, code
         self._grace = grace
         self._left = threading.Event()
         self._before: dict[signal.Signals, object] = {}
@@ -39,7 +40,8 @@ class StopSignal:
         self._left.set()
         if self._before:
             for number, handler in self._before.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
+                # One that was asked is leaving, and whoever asks again must not spoil its exit code.
+                signal.signal(number, signal.SIG_IGN if self.asked else handler)  # type: ignore[arg-type]
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._in)
             self._thread.join()
@@ -52,6 +54,7 @@ class StopSignal:
                     break
             # The pipe stays open: a signal that finds it closed is an error, which the interpreter reports.
             if self.asked and not self._left.wait(self._grace):
-                message = f"{self.asked} was {self._grace:g} s ago (run.grace) and the run has not ended; left without"
-                print(f"bigbatch: {message} saving, the newest checkpoint is whole", file=sys.stderr, flush=True)
-                os._exit(1)
+                how = "as all is saved" if self.saved else "without saving, the newest checkpoint is whole"
+                message = f"{self.asked} was {self._grace:g} s ago (run.grace) and the run has not ended; left {how}"
+                print(f"bigbatch: {message}", file=sys.stderr, flush=True)
+                os._exit(self.code if self.saved else 1)

@@ -10,6 +10,7 @@ import resource
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -86,13 +87,17 @@ def _processors(report: Report) -> None:
 
 
 def _topology() -> str:
-    """Raises TimeoutExpired, without waiting for an nvidia-smi that the driver does not even let be killed."""
-    command = ["nvidia-smi", "topo", "-m"]
-    asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        return asked.communicate(timeout=PATIENCE)[0].partition("Legend")[0].strip()
-    finally:
-        asked.kill()
+    """Raises TimeoutExpired soon, even where the driver does not let nvidia-smi be killed."""
+    with tempfile.TemporaryFile("w+") as answer:
+        asked = subprocess.Popen(["nvidia-smi", "topo", "-m"], stdout=answer, stderr=subprocess.DEVNULL)
+        try:
+            asked.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            asked.kill()
+            asked.wait(1)
+            raise
+        answer.seek(0)
+        return answer.read().partition("Legend")[0].strip()
 
 
 def _room(report: Report, directory: Path) -> None:

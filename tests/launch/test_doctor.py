@@ -42,7 +42,6 @@ def test_what_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "broken: " in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # it is left behind, as one that cannot be killed must be
 def test_a_driver_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

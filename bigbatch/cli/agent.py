@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import socket
 import sys
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -28,17 +29,22 @@ PR_SET_PDEATHSIG = 1
 def main(text: str, *command: str) -> int:
     """Workers that run ``python COMMAND``, and their exit code: 2 where the first that failed had it.
 
-    ``text`` has a LaunchConfig's settings, in JSON, with ``host`` and ``port`` of the rendezvous and ``listen``: the
-    address of this machine to offer it on, or null. Without a rendezvous the exit code is ALONE.
+    ``text`` has a LaunchConfig's settings, in JSON, with ``parent``, the process to end with, ``host`` and ``port`` of
+    the rendezvous and ``listen``: the address of this machine to offer it on, or null. Without a rendezvous the exit
+    code is ALONE.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     settings = json.loads(text)
-    host, port, listen = (settings.pop(name) for name in ("host", "port", "listen"))
+    parent, host, port, listen = (settings.pop(name) for name in ("parent", "host", "port", "listen"))
+    if os.getppid() != parent:  # it ended before this one could ask to be told
+        return FAILED
     try:
         store = _offer(listen, port) if listen else None
         at = f"{host}:{store.port if store else port}"
-        config = LaunchConfig(**settings, rdzv_backend="c10d", rdzv_endpoint=at, max_restarts=0)
+        # By default there are log directories, whose path is made of the run_id.
+        logs = DefaultLogsSpecs(log_dir=os.devnull)
+        config = LaunchConfig(**settings, rdzv_backend="c10d", rdzv_endpoint=at, max_restarts=0, logs_specs=logs)
         elastic_launch(config, sys.executable)(*command)
         return OK
     except ChildFailedError as error:

@@ -10,6 +10,7 @@ import resource
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from bigbatch.config.models import Parallel
 from .launch import LOCAL, start
 from .watchdog import Limits
 
-TIMEOUT = 60.0
+TIMEOUT, PATIENCE = 60.0, 10.0
 SIZES = {"4 B": 4, "1 MiB": 2**20, "64 MiB": 2**26}
 REPEATS = 11
 
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     report = Report()
     _processors(report)
     _room(report, args.dir.resolve())
-    _exchange(report)
+    if not report.broken:
+        _exchange(report)
     if _rank() == 0:
         print(json.dumps(asdict(report), indent=2) if args.json else _text(report))
     return FAILED if report.broken else OK
@@ -61,6 +63,13 @@ def _processors(report: Report) -> None:
     import torch
 
     facts, cuda = report.facts, torch.cuda
+    driver = shutil.which("nvidia-smi") if _rank() == 0 else None
+    if driver:
+        try:
+            facts["interconnect"] = _topology()
+        except subprocess.TimeoutExpired:
+            report.broken.append(f"nvidia-smi has not answered for {PATIENCE:g} s: the driver hangs; see dmesg, reboot")
+            return  # CUDA would not answer either
     facts |= {"Python": platform.python_version(), "torch": version("torch"), "accelerate": version("accelerate")}
     nccl = cuda.nccl.version() if torch.distributed.is_nccl_available() else ()  # type: ignore[no-untyped-call]
     facts |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, nccl)) or "none"}
@@ -70,14 +79,25 @@ def _processors(report: Report) -> None:
     here, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), len(os.sched_getaffinity(0))
     if names and here > len(names):
         report.broken.append(f"{here} processes on {len(names)} GPUs: each needs its own")
-    if shutil.which("nvidia-smi"):
-        topology = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True).stdout
-        facts["interconnect"] = topology.partition("Legend")[0].strip()
-        if not names:
-            report.doubts.append(f"nvidia-smi is here and torch (CUDA {torch.version.cuda}) sees no GPU: old driver?")
+    if driver and not names:
+        report.doubts.append(f"nvidia-smi is here and torch (CUDA {torch.version.cuda}) sees no GPU: old driver?")
     facts["threads"] = f"OMP_NUM_THREADS = {torch.get_num_threads()} × {here} processes on {cores} cores"
     if torch.get_num_threads() * here > cores:
         report.doubts.append(f"{facts['threads']}: set OMP_NUM_THREADS={max(1, cores // here)}")
+
+
+def _topology() -> str:
+    """Raises TimeoutExpired soon, even where the driver does not let nvidia-smi be killed."""
+    with tempfile.TemporaryFile("w+") as answer:
+        asked = subprocess.Popen(["nvidia-smi", "topo", "-m"], stdout=answer, stderr=subprocess.DEVNULL)
+        try:
+            asked.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            asked.kill()
+            asked.wait(1)
+            raise
+        answer.seek(0)
+        return answer.read().partition("Legend")[0].strip()
 
 
 def _room(report: Report, directory: Path) -> None:

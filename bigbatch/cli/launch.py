@@ -16,7 +16,6 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
-from pathlib import Path
 
 import psutil
 
@@ -38,7 +37,7 @@ def add_to(verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--nproc", type=_positive, help="processes on this machine (default: one per GPU, or one)")
     parser.add_argument("--nnodes", default="1", metavar="N|MIN:MAX", help="number of machines (%(default)s)")
     parser.add_argument("--head", metavar="HOST[:PORT]", help=f"the machine where all meet (port {PORT} unless given)")
-    parser.add_argument("--max-restarts", type=int, default=0, help="failures to start again after (%(default)s)")
+    parser.add_argument("--max-restarts", type=_count, default=0, help="failures to start again after (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         restarts=args.max_restarts,
         limits=Limits(JOIN, min(config.parallel.timeout / 2, STALL), config.run.grace),
     )
-    return PREEMPTED if code == OK and Path(config.run.dir, "preempted.json").exists() else code
+    return PREEMPTED if code == OK and _preempted(config.run.dir) else code
 
 
 def start(
@@ -91,11 +90,28 @@ def start(
     say(f"{nproc} processes at {address}; machines: {' to '.join(map(str, sorted(set(nodes))))}, which meet at {host}")
     say(" ".join(f"{variable}={value}" for variable, value in chosen.items()))
     settings: dict[str, object] = {"host": host, "port": int(port or PORT), "listen": listen, "local_addr": address}
-    settings |= {"run_id": name, "min_nodes": nodes[0], "max_nodes": nodes[1], "nproc_per_node": nproc}
+    settings |= {
+        "parent": os.getpid(),
+        "run_id": name,
+        "min_nodes": nodes[0],
+        "max_nodes": nodes[1],
+        "nproc_per_node": nproc,
+    }
     last_call = math.ceil(min(limits.stall / 2, 30))
     settings["rdzv_configs"] = {"is_host": False, "join_timeout": JOIN, "last_call_timeout": last_call}
     command = [sys.executable, "-m", "bigbatch.cli.agent", json.dumps(settings), "-u", "-m", "bigbatch", *arguments]
     return supervise(command, os.environ | chosen, restarts=restarts, limits=limits)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of restarts")
+    return int(text)
+
+
+def _preempted(run: str) -> bool:
+    """Whether the workers say so. To list the directory makes NFS forget that the file was not there just now."""
+    return os.path.isdir(run) and "preempted.json" in os.listdir(run)
 
 
 def _devices() -> int:

@@ -60,11 +60,15 @@ def run(args: argparse.Namespace) -> int:
     """Show, write or submit the batch script of a recipe, once its plan for so many processes has proved legal."""
     options = {"job-name": args.job_name or Path(args.config).stem, "nodes": str(args.nodes)}
     asked = {"gpus-per-node": args.gpus_per_node, "time": args.time, "partition": args.partition}
+    own = options.keys() | asked.keys()
     options |= {name: str(value) for name, value in asked.items() if value}
     for option in args.sbatch:
-        name, equals, options[name.lstrip("-")] = option.partition("=")
+        name, equals, value = option.lstrip("-").partition("=")
         if not equals:
             raise ConfigError(f"--sbatch {option}: write OPTION=VALUE, for example account=me")
+        if name in own:
+            raise ConfigError(f"--sbatch {option}: there is an option for it; write --{name} {value}")
+        options[name] = value
     if args.submit and not shutil.which("sbatch"):
         raise ConfigError("--submit: there is no sbatch here; write the script with -o and submit it on the cluster")
     make_plan(load_config(args.config, args.overrides), world_size=args.nodes * (args.gpus_per_node or 1))

@@ -44,7 +44,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], *, restart
     while True:
         code, worked = _attempt(command, environment, signals, limits)
         if code in (OK, USAGE) or signals:
-            return code
+            return code if code in (OK, USAGE) else FAILED
         if code != ALONE or worked:
             met = time.monotonic()
             if restarts <= 0:

@@ -41,6 +41,7 @@ def test_two_processes_on_the_cpu(torchrun: str, tmp_path: Path) -> None:
     assert (summary(tmp_path)["world_size"], summary(tmp_path)["parameters_sha256"]) == (2, torchrun)
 
 
+@pytest.mark.cluster
 def test_two_nodes(torchrun: str, tmp_path: Path) -> None:
     nodes = []
     for rank in "01":
@@ -50,6 +51,7 @@ def test_two_nodes(torchrun: str, tmp_path: Path) -> None:
     assert (summary(tmp_path)["world_size"], summary(tmp_path)["parameters_sha256"]) == (2, torchrun)
 
 
+@pytest.mark.cluster
 def test_deepspeed(tmp_path: Path) -> None:
     strategy = ("parallel.strategy=deepspeed", "parallel.zero_stage=1")
     process = launch(CONFIGS / "deepspeed.yaml", tmp_path, *strategy, options=("--num_processes", "2"))

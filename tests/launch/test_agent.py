@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ HERE = {"host": "127.0.0.1", "port": 0, "listen": "127.0.0.1", "local_addr": "12
 
 
 def agent(*command: str, **settings: object) -> list[str]:
-    settings = SETTINGS | HERE | {"rdzv_configs": {"is_host": False}} | settings
+    settings = SETTINGS | HERE | {"parent": os.getpid(), "rdzv_configs": {"is_host": False}} | settings
     return [sys.executable, "-m", "bigbatch.cli.agent", json.dumps(settings), *command]
 
 
@@ -29,6 +30,11 @@ def code(*command: str, **settings: object) -> int:
 
 def test_its_exit_code_is_a_bad_recipes() -> None:
     assert code("-c", "raise SystemExit(2)") == 2
+
+
+def test_it_starts_nothing_where_its_launcher_has_ended_already(tmp_path: Path) -> None:
+    assert code("-c", f"open({str(tmp_path / 'up')!r}, 'w')", parent=-1) == 1
+    assert not (tmp_path / "up").exists()
 
 
 def test_nobody_at_the_head() -> None:
@@ -42,8 +48,10 @@ def test_it_listens_on_one_address_and_ends_with_its_launcher(tmp_path: Path) ->
     worker = f"import time, pathlib; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(1000)"
     # So that the worker's store, which is torch's own and listens everywhere, is not the agent's.
     environ = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    launcher = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", launcher, *agent("-c", worker)], cwd=ROOT, env=environ)
+    mine = "[word.replace('ME', str(os.getpid())) for word in sys.argv[1:]]"
+    launcher = [sys.executable, "-c", f"import os, subprocess, sys; subprocess.run({mine})"]
+    command = [word.replace(f'"parent": {os.getpid()}', '"parent": ME') for word in agent("-c", worker)]
+    process = subprocess.Popen([*launcher, *command], cwd=ROOT, env=environ)
     while not (tmp_path / "up").exists():
         assert process.poll() is None
         time.sleep(0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,3 +40,17 @@ def test_what_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     assert main(["doctor"]) == 1
     assert "broken: " in capsys.readouterr().out
+
+
+def test_a_driver_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = tmp_path / "nvidia-smi"
+    stub.write_text("#!/bin/sh\nexec sleep 1000\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "PATIENCE", 0.2)
+    assert main(["doctor"]) == 1
+    assert "broken: nvidia-smi has not answered" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert main(["doctor"]) == 0  # one process asks

@@ -11,6 +11,8 @@ import pytest
 from launch.hosts import Hosts, address, hosts, missing
 from runs.command import bigbatch, events, summary
 
+pytestmark = pytest.mark.cluster
+
 TIMEOUT = 10
 
 RECIPE = """

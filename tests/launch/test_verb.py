@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch.cli import main
-from runs.command import ROOT, environment
+from bigbatch.cli import launch, main
+from runs.command import environment
 
 RECIPE = """
 duration: 5000st
@@ -29,14 +29,14 @@ tracking: {console: none}
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"{RECIPE}run: {{dir: {tmp_path / 'run'}}}\n")
+    path.write_text(f"{RECIPE}run: {{dir: runs/mine}}\n")
     return path
 
 
 def test_a_signal_saves_and_says_so(recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "runs" / "mine"
     command = [sys.executable, "-m", "bigbatch", "launch", str(recipe), "--nproc", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment())
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment())
     while not (run / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -45,6 +45,30 @@ def test_a_signal_saves_and_says_so(recipe: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 75
     step = json.loads((run / "preempted.json").read_text())["step"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"{step:08}"]
+    # torchrun's log directories would lie beside it.
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.glob("*/*")) == [Path("runs/mine")]
+
+
+def test_a_note_is_seen_once_its_directory_is_listed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS has it, which may remember for a while that a file was not there."""
+
+    def trained(*_: object, name: str, **__: object) -> int:
+        Path(name).mkdir(parents=True)
+        Path(name, "preempted.json").touch()
+        monkeypatch.setattr(Path, "exists", lambda self: False)
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "start", trained)
+    assert main(["launch", str(recipe), "--nproc", "1"]) == 75
+
+
+def test_fewer_restarts_than_none(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["launch", str(recipe), "--max-restarts", "-1"])
+    assert "-1 is not a number of restarts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

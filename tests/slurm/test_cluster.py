@@ -12,7 +12,7 @@ import yaml
 
 from slurm.cluster import ROOT, Cluster, why_not
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 RECIPE = "configs/digits/lars_512.yaml"
 # A save sums running statistics over processes, and so rounds them: to be the same bit by bit, save at the same steps.

@@ -127,6 +127,8 @@ def test_submitting(sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--nodes", "3"], ["batch.global", "512", "3"]),
         (["--nodes", "2", "--gpus-per-node", "3"], ["batch.global", "512", "6"]),
         (["--sbatch", "exclusive"], ["--sbatch", "exclusive", "OPTION=VALUE"]),
+        (["--sbatch", "nodes=4"], ["--sbatch nodes=4", "--nodes 4"]),
+        (["--sbatch=--gpus-per-node=4"], ["gpus-per-node=4", "write --gpus-per-node 4"]),
         (["-o", "/nowhere/job.sbatch"], ["--output", "/nowhere/job.sbatch"]),
         (["optim.name=lion"], ["optim.name", "lion"]),
     ],

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ def _export(args: argparse.Namespace) -> int:
     if os.path.lexists(dest):
         raise ConfigError(f"{dest}: is there already and was left alone; give another directory")
     config = load_config(run / "config.yaml")
+    part = dest.with_name(f".{dest.name}.{os.getpid()}.part")
 
     from bigbatch.data import load_data
     from bigbatch.train import RunError, open_checkpoint, open_newest
@@ -92,14 +94,18 @@ def _export(args: argparse.Namespace) -> int:
     try:
         saved = open_newest(run / "checkpoints") if run == Path(args.path) else open_checkpoint(Path(args.path))
         card = _card(config, load_data(config.data, seed=config.seed), run, saved.state)
-        dest.mkdir(parents=True)
-        shutil.copyfile(saved.path / MODEL, dest / MODEL)
-        (dest / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (dest / "README.md").write_text(card, encoding="utf-8")
+        part.mkdir(parents=True)
+        shutil.copyfile(saved.path / MODEL, part / MODEL)
+        replace(saved, path=part).model()  # which holds the copy against the checksum
+        (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (part / "README.md").write_text(card, encoding="utf-8")
+        part.rename(dest)
     except (RunError, OSError) as error:
         return _say(str(error), FAILED)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     print(f"{dest}: the model of {saved.path}")
     return OK
 
@@ -115,21 +121,23 @@ def _run(path: str) -> Path:
 def _rows(run: Path) -> list[dict[str, Any]]:
     """What can be said of each checkpoint of a run, by step."""
     from bigbatch.train import RunError, open_checkpoint
-    from bigbatch.train.checkpoint import Checkpoints
+    from bigbatch.train.checkpoint import Checkpoints, step_of
 
     settings = load_config(run / "config.yaml").checkpoint
     checkpoints = Checkpoints(run / "checkpoints", keep=1, best=settings.best, best_is=settings.best_is)
     rows: list[dict[str, Any]] = []
     whole = []
     for path in checkpoints.paths():
-        samples = damage = None
+        samples, damage, size = None, None, 0
         try:
+            size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
             samples = open_checkpoint(path).state["samples"]
             whole.append(path)
-        except RunError as error:
+        except (RunError, OSError) as error:
+            if not os.path.lexists(path):
+                continue  # the run has deleted it meanwhile
             damage = str(error)
-        size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-        rows.append({"path": path, "step": int(path.name), "samples": samples, "bytes": size, "damage": damage})
+        rows.append({"path": path, "step": step_of(path), "samples": samples, "bytes": size, "damage": damage})
     newest, best = whole[-1] if whole else None, checkpoints.best_of(whole)
     for row in rows:
         path = row["path"]

@@ -2,23 +2,27 @@
 
 ``checkpoints/<step>/`` holds ``model.safetensors``, ``optimizer.pt`` (loads with ``weights_only=True``), ``state.json``
 and ``manifest.json``, the SHA-256 of the three. The manifest is a function of the others, and the directory's name one
-of the state, so no byte can change and not be seen. What is being written or deleted has a name that begins with a dot.
+of the state, so no byte can change and not be seen. What is being written or deleted has a name that begins with a dot;
+``.<step>.replaced`` stands in for a step that was to be saved again, until it was.
 Which is newest and which is best is read from the directories, never from a pointer.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
+import stat
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -32,6 +36,14 @@ from .state import RunError
 
 State = dict[str, Any]
 MODEL, OPTIMIZER, STATE, MANIFEST = FILES = ("model.safetensors", "optimizer.pt", "state.json", "manifest.json")
+HIDDEN = re.compile(r"\.(\d+)\.(?:(\d+)\.)?(?:\d+\.)?(part|old|replaced)")
+"""Names of what is written or deleted: step, owner of a part, a number that makes it unique, kind."""
+DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
+"""Errors of a file that is not what was saved. Any other may be gone the next time."""
+
+
+class Damaged(RunError):
+    """A checkpoint is not what was saved; an older one may be."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Saved:
     def _load(self, name: str, load: Callable[[Path], State]) -> State:
         with _reading(self.path):
             if _sha256(self.path / name) != self.sums[name]:
-                raise RunError(f"checkpoint {self.path} is damaged: {name} is not what it was when it was verified")
+                raise Damaged(f"checkpoint {self.path} is damaged: {name} is not what it was when it was verified")
             return load(self.path / name)
 
 
@@ -96,11 +108,16 @@ class Checkpoints:
         since = time.perf_counter() if since is None else since
         self.wait()
         state = {"owner": 0, "samples": 0, **state, "step": step}
-        if self._background:
-            model, optimizer, state = self._host = on_host((model, optimizer, state), self._host)
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                torch.cuda.synchronize()
         target = self.root / _name(step)
+        if self._background:
+            try:
+                model, optimizer, state = self._host = on_host((model, optimizer, state), self._host)
+                if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                    torch.cuda.synchronize()
+            except (OSError, RuntimeError, MemoryError) as error:
+                self._host, self._flight = None, Future()
+                self._flight.set_exception(self._failed(target, state, error))
+                return target
         self._flight = self._thread.submit(self._write, target, model, optimizer, state, since)
         if not self._background:
             self.wait()
@@ -113,13 +130,14 @@ class Checkpoints:
     def newest(self, *, valid: Callable[[int, int], bool] = lambda step, owner: True) -> tuple[Saved | None, list[str]]:
         """The newest whole checkpoint that is ``valid`` by its step and owner, and what is wrong with each newer one.
 
-        None only where there is no checkpoint, or none that is ``valid``; RunError where the others are all damaged.
+        None only where there is no checkpoint, or none that is ``valid``; RunError where the others are all damaged, or
+        where one cannot be read for a reason that may pass.
         """
         damage, ousted = list[str](), list[str]()
         for path in reversed(self.paths()):
             try:
                 saved = open_checkpoint(path)
-            except RunError as error:
+            except Damaged as error:
                 damage.append(str(error))
                 continue
             step, owner = saved.state["step"], saved.state.get("owner", 0)
@@ -135,10 +153,13 @@ class Checkpoints:
     def set_aside(self, newest: Saved | None) -> None:
         """Rename whatever `newest` passed over, so that its steps can be saved again and it is not kept for newer."""
         for path in self.paths():
-            if newest is None or int(path.name) > int(newest.path.name):
-                aside = path.with_name(f"{path.name}.damaged")
+            plain = self.root / _name(step_of(path))
+            if newest is None or step_of(path) > newest.state["step"]:
+                aside = plain.with_suffix(".damaged")
                 _remove(aside)
-                path.rename(aside)
+                path.rename(plain.with_suffix(f".{time.time_ns()}.damaged") if os.path.lexists(aside) else aside)
+            elif path != plain:
+                path.rename(plain)
 
     def paths(self) -> list[Path]:
         """Everything under the name of a checkpoint, whole or not, by step. Raises OSError where that cannot be read:
@@ -147,8 +168,14 @@ class Checkpoints:
             names = os.listdir(self.root)
         except FileNotFoundError:
             return []
-        steps = sorted({int(name) for name in names if name.isdecimal()})
-        return [self.root / _name(step) for step in steps if _name(step) in names]
+        found: dict[int, Path] = {}
+        for name in sorted(names):  # a dot comes first, so that what replaces counts
+            path = self.root / name
+            if re.fullmatch(r"\d+|\.\d+\.replaced", name, re.ASCII):
+                plain = self.root / _name(step := step_of(path))
+                if path in (plain, _hidden(plain, "replaced")):
+                    found[step] = path
+        return [found[step] for step in sorted(found)]
 
     def best_of(self, paths: Sequence[Path]) -> Path | None:
         """The one with the best metric, of those that have it."""
@@ -158,11 +185,11 @@ class Checkpoints:
 
     def _write(self, target: Path, model: State, optimizer: State, state: State, since: float) -> None:
         """Write to a hidden directory, flush every file to the disk, rename; then delete what need not be kept."""
-        began, part, old = time.perf_counter(), _hidden(target, "part"), _hidden(target, "old")
-        where = {"step": state["step"], "samples": state["samples"]}
+        began, owner = time.perf_counter(), state["owner"]
+        part = _hidden(target, f"{owner}.{time.time_ns()}.part")
         try:
-            for leftover in self.root.glob(".[0-9]*.*"):
-                _remove(leftover)
+            self._check()
+            self._sweep(owner)
             part.mkdir(parents=True)
             save_file(_apart(model), part / MODEL)
             with (part / OPTIMIZER).open("wb") as file:
@@ -172,48 +199,65 @@ class Checkpoints:
             for path in (*(part / name for name in FILES), part):
                 _flush(path)
             self._check()
-            if os.path.lexists(target):
-                target.rename(old)
-            part.rename(target)
+            _replace(target, part)
             for path in (self.root, self.root.parent):
                 _flush(path)
-            _remove(old)
-            self._prune(target)
         except Exception as error:  # no fault of a save may end a run that can go on, nor go unseen
-            shutil.rmtree(part, ignore_errors=True)
-            # torch buries what the disk said under an error of its own.
-            cause = error.__context__ if type(error) is RuntimeError and error.__context__ else error
-            message = f"checkpoint {target} cannot be written: {cause}; older checkpoints are untouched"
-            self.events.append({"event": "warning", "code": "checkpoint_failed", **where, "message": message})
-            raise RunError(message) from error
+            _remove(part)
+            raise self._failed(target, state, error) from error
+        where = {"step": state["step"], "samples": state["samples"]}
+        try:
+            self._prune(target)
+            self._sweep(owner)
+        except Exception as error:  # the checkpoint is on the disk
+            message = f"an older checkpoint than {target} cannot be deleted: {error}"
+            self.events.append({"event": "warning", "code": "checkpoint_kept", **where, "message": message})
         ended = time.perf_counter()
         stall = (began if self._background else ended) - since
         self.events.append({"event": "checkpoint", **where, "stall_seconds": stall, "write_seconds": ended - began})
+
+    def _failed(self, target: Path, state: State, error: BaseException) -> RunError:
+        # torch buries what the disk said under an error of its own.
+        cause = error.__context__ if type(error) is RuntimeError and error.__context__ else error
+        message = f"checkpoint {target} cannot be written: {cause}; older checkpoints are untouched"
+        where = {"step": state["step"], "samples": state["samples"]}
+        self.events.append({"event": "warning", "code": "checkpoint_failed", **where, "message": message})
+        return RunError(message)
+
+    def _sweep(self, owner: int) -> None:
+        """Delete, as far as possible, what killed saves left: nothing of a later owner, nor the only copy of a step."""
+        for path in self.root.glob(".[0-9]*.*"):
+            step, whose, kind = match.groups() if (match := HIDDEN.fullmatch(path.name)) else ("", None, None)
+            if kind == "old" or (kind == "part" and int(whose or 0) <= owner):
+                _remove(path)
+            elif kind == "replaced" and os.path.lexists(self.root / step):
+                _discard(path)
 
     def _prune(self, newest: Path) -> None:
         paths = self.paths()
         paths = paths[: paths.index(newest) + 1]  # a later one is none of this run's
         best = self.best_of(paths)
-        for path in paths[: -self._keep]:
-            if path != best:
-                _discard(path)
+        errors = [error for path in paths[: -self._keep] if path != best and (error := _discard(path))]
+        if errors:
+            raise errors[0]
 
 
 def open_checkpoint(path: Path) -> Saved:
-    """Verify all of it. RunError names the directory and what is damaged, missing or not part of a checkpoint."""
+    """Verify all of it. RunError names the directory and what is damaged, missing or not part of a checkpoint; it is
+    `Damaged` unless the cause may pass."""
     with _reading(path):
-        plain = {entry.name: entry.is_file() and not entry.is_symlink() for entry in path.iterdir()}
+        plain = {entry.name: stat.S_ISREG(entry.lstat().st_mode) for entry in path.iterdir()}
         found = {name if is_plain else f"{name} (no plain file)" for name, is_plain in plain.items()}
         if wrong := sorted(found ^ {*FILES}):
-            raise RunError(f"checkpoint {path} is damaged: missing or out of place: {', '.join(wrong)}")
+            raise Damaged(f"checkpoint {path} is damaged: missing or out of place: {', '.join(wrong)}")
         sums, manifest = _sums(path), (path / MANIFEST).read_bytes()
         if manifest != _manifest(sums):
             recorded = json.loads(manifest)
             changed = [name for name in sums if recorded[name] != sums[name]] or [MANIFEST]
-            raise RunError(f"checkpoint {path} is damaged: {' and '.join(changed)} does not match its checksum")
+            raise Damaged(f"checkpoint {path} is damaged: {' and '.join(changed)} does not match its checksum")
         state = json.loads((path / STATE).read_text())
-        if _name(state["step"]) != path.name:
-            raise RunError(f"checkpoint {path} is damaged: it holds step {state['step']}; was it renamed?")
+        if path.name not in (name := _name(state["step"]), f".{name}.replaced"):
+            raise Damaged(f"checkpoint {path} is damaged: it holds step {state['step']}; was it renamed?")
         return Saved(path, state, sums)
 
 
@@ -267,9 +311,11 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except pickle.UnpicklingError:
         what = f"{OPTIMIZER} holds something else than tensors and plain values"
-        raise RunError(f"checkpoint {path}: {what} and was not loaded, since that could run code") from None
+        raise Damaged(f"checkpoint {path}: {what} and was not loaded, since that could run code") from None
     except Exception as error:  # a damaged file breaks its reader in any way
-        raise RunError(f"checkpoint {path} is damaged: {error!r}") from None
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in DAMAGE):
+            raise RunError(f"checkpoint {path} cannot be read now: {error!r}; run again") from None
+        raise Damaged(f"checkpoint {path} is damaged: {error!r}") from None
 
 
 def _score(path: Path, metric: str) -> float | None:
@@ -281,6 +327,11 @@ def _score(path: Path, metric: str) -> float | None:
     return value if isinstance(value, float) and value == value else None
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by the name that `Checkpoints.paths` gives."""
+    return int(path.name.removeprefix(".").removesuffix(".replaced"))
+
+
 def _name(step: int) -> str:
     return f"{step:08d}"
 
@@ -289,19 +340,38 @@ def _hidden(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
-def _discard(path: Path) -> None:
-    """Delete a checkpoint, which is whole or not there meanwhile, too."""
-    old = _hidden(path, "old")
+def _replace(target: Path, part: Path) -> None:
+    """Give ``part`` the name ``target``. What had it is at no moment without a name that `Checkpoints.paths` knows."""
+    replaced = _hidden(target, "replaced")
+    if os.path.lexists(target):
+        _discard(replaced)
+        target.rename(replaced)
+    try:
+        part.rename(target)
+    except OSError:
+        with suppress(OSError):
+            replaced.rename(target)
+        raise
+
+
+def _discard(path: Path) -> OSError | None:
+    """Delete a checkpoint, which is whole or not there meanwhile, too. The error if it keeps its name."""
+    old = path.with_name(f".{_name(step_of(path))}.{time.time_ns()}.old")
+    try:
+        path.rename(old)
+    except OSError as error:
+        return error
     _remove(old)
-    path.rename(old)
-    _remove(old)
+    return None
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete as far as possible: the next save tries again."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _sums(path: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from bigbatch.cli import main
 from bigbatch.config import load_config
-from bigbatch.train.checkpoint import Checkpoints
+from bigbatch.train.checkpoint import Checkpoints, open_checkpoint
 
 RECIPE = """
 duration: 1ep
@@ -169,3 +169,38 @@ def test_export_overwrites_nothing_and_takes_nothing_damaged(run: Path, tmp_path
     assert "optimizer.pt" in capsys.readouterr().err and not dest.exists()
     assert main(["checkpoint", "export", str(run), "/proc/none"]) == 1
     assert "/proc/none" in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_nothing(
+    run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dest = tmp_path / "folder" / "dest"
+    copy = shutil.copyfile
+
+    def half(source: Path, target: Path) -> None:
+        copy(source, target)
+        target.write_bytes(target.read_bytes()[:-1])
+
+    def full(source: Path, target: Path) -> None:
+        half(source, target)
+        raise OSError("No space left on device")
+
+    for broken, said in ((half, "model.safetensors"), (full, "No space left")):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copyfile", broken)
+            assert main(["checkpoint", "export", str(run), str(dest)]) == 1
+        assert said in capsys.readouterr().err and list(dest.parent.iterdir()) == []
+    assert main(["checkpoint", "export", str(run), str(dest)]) == 0
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(
+    run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pruned(path: Path) -> Any:
+        if path.name == "00000004":
+            shutil.rmtree(path)
+        return open_checkpoint(path)
+
+    monkeypatch.setattr("bigbatch.train.open_checkpoint", pruned)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert "2 whole" in capsys.readouterr().out

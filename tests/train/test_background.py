@@ -96,6 +96,24 @@ def test_a_save_that_fails_says_so_and_the_next_one_tries_again(
     assert (saved["event"], saved["step"]) == ("checkpoint", 2)
 
 
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError, OSError])
+def test_no_memory_for_a_copy_costs_the_save_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def full(*_: Any) -> Any:
+        raise kind("no memory left")
+
+    checkpoints = background(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "on_host", full)
+        checkpoints.save(1, **contents(1.0))
+    error = checkpoints.wait()
+    assert isinstance(error, RunError) and "00000001 cannot be written: no memory left" in str(error)
+    checkpoints.save(2, **contents(2.0))
+    assert checkpoints.wait() is None and [path.name for path in checkpoints.paths()] == ["00000002"]
+    assert [event.get("code") for event in checkpoints.events] == ["checkpoint_failed", None]
+
+
 def test_a_checkpoint_takes_its_name_only_if_the_check_passes(tmp_path: Path) -> None:
     def lost() -> None:
         raise RunError("run.dir was taken over")

@@ -1,10 +1,12 @@
+import errno
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
-from bigbatch.train.checkpoint import Checkpoints, open_checkpoint
+from bigbatch.train import RunError
+from bigbatch.train.checkpoint import Checkpoints, _sha256, open_checkpoint
 
 
 def saved(
@@ -78,7 +80,7 @@ def test_a_checkpoint_is_whole_or_not_there_while_it_is_deleted(
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", killed)
         checkpoints.save(3, model={}, optimizer={}, state={})
-    assert [path.name for path in checkpoints.paths()] == ["00000002", "00000003"]
+    assert checkpoints.wait() is None and [path.name for path in checkpoints.paths()] == ["00000003"]
     newest, damage = checkpoints.newest()
     assert newest is not None and newest.path.name == "00000003" and damage == []
 
@@ -112,3 +114,90 @@ def test_a_directory_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         checkpoints.newest()
+
+
+def renames_fail(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
+    """Renaming from a name that ends so fails."""
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name.endswith(kinds):
+            raise OSError(errno.EBUSY, "busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+
+
+def test_what_cannot_be_deleted_costs_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, {1: None})
+    for name in (".00000002.part", ".00000002.0.part", ".00000001.old"):
+        (tmp_path / name).mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=1, best="accuracy", best_is="max")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        renames_fail(patch, "00000001")
+        for step in (2, 2, 2):
+            checkpoints.save(step, model={}, optimizer={}, state={})
+            assert checkpoints.wait() is None
+    assert [path.name for path in checkpoints.paths()] == ["00000001", "00000002"]
+    assert [event.get("code") for event in checkpoints.events] == ["checkpoint_kept", None] * 3
+    assert saved(tmp_path, {3: None}, keep=1) == [3]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_step_that_is_being_replaced_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    saved(tmp_path, {5: 0.5})
+    checkpoints = Checkpoints(tmp_path, keep=1, best="accuracy", best_is="max")
+    with monkeypatch.context() as patch:
+        renames_fail(patch, *[".part", ".replaced"][: 1 + killed])  # a killed process does not rename back
+        checkpoints.save(5, model={}, optimizer={}, state={})
+        assert isinstance(checkpoints.wait(), RunError)
+    assert [path.name for path in checkpoints.paths()] == [".00000005.replaced" if killed else "00000005"]
+    assert isinstance(checkpoints.save(4, model={}, optimizer={}, state={}), Path)  # sweeps
+    newest, damage = checkpoints.newest()
+    assert newest is not None and newest.state["metrics"] == {"accuracy": 0.5} and damage == []
+    checkpoints.set_aside(newest)
+    assert saved(tmp_path, {5: 0.6}, keep=1) == [5]
+
+
+def test_an_owner_who_lost_the_run_deletes_nothing_of_the_next(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise RunError("taken over")
+
+    old, new, stale = (tmp_path / f".00000003.{owner}.1.part" for owner in (1, 3, 2))
+    for part in (old, new, stale):
+        part.mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=1, best="accuracy", best_is="max", check=lost)
+    checkpoints.save(3, model={}, optimizer={}, state={"owner": 2})
+    assert checkpoints.wait() and old.exists() and new.exists() and stale.exists()
+    checkpoints = Checkpoints(tmp_path, keep=1, best="accuracy", best_is="max")
+    checkpoints.save(3, model={}, optimizer={}, state={"owner": 2})
+    assert checkpoints.wait() is None and new.exists() and not old.exists() and not stale.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [(MemoryError(), True)]
+    + [(OSError(getattr(errno, name), name), True) for name in ("EMFILE", "ENOMEM", "ESTALE", "ETIMEDOUT", "EACCES")]
+    + [(OSError(getattr(errno, name), name), False) for name in ("ENOENT", "EIO", "EISDIR")],
+)
+def test_an_error_that_may_pass_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, passes: bool
+) -> None:
+    saved(tmp_path, {1: None, 2: None})
+
+    def reads(path: Path) -> str:
+        if path.parent.name == "00000002":
+            raise error
+        return _sha256(path)
+
+    monkeypatch.setattr("bigbatch.train.checkpoint._sha256", reads)
+    checkpoints = Checkpoints(tmp_path, keep=2, best="accuracy", best_is="max")
+    if passes:
+        with pytest.raises(RunError, match=r"00000002 cannot be read now: .*; run again"):
+            checkpoints.newest()
+    else:
+        newest, damage = checkpoints.newest()
+        assert newest is not None and newest.path.name == "00000001" and len(damage) == 1

@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
         return start(command, name="doctor", nproc=args.nproc, nodes=(1, 1), head=LOCAL, restarts=0, limits=limits)
     report = Report()
     _processors(report)
-    _room(report, args.dir.resolve())
     if not report.broken:
         _exchange(report)
+    _room(report, args.dir.resolve())
     if _rank() == 0:
         print(json.dumps(asdict(report), indent=2) if args.json else _text(report))
     return FAILED if report.broken else OK

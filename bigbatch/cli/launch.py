@@ -90,13 +90,8 @@ def start(
     say(f"{nproc} processes at {address}; machines: {' to '.join(map(str, sorted(set(nodes))))}, which meet at {host}")
     say(" ".join(f"{variable}={value}" for variable, value in chosen.items()))
     settings: dict[str, object] = {"host": host, "port": int(port or PORT), "listen": listen, "local_addr": address}
-    settings |= {
-        "parent": os.getpid(),
-        "run_id": name,
-        "min_nodes": nodes[0],
-        "max_nodes": nodes[1],
-        "nproc_per_node": nproc,
-    }
+    settings |= {"run_id": name, "min_nodes": nodes[0], "max_nodes": nodes[1], "nproc_per_node": nproc}
+    settings["parent"] = os.getpid()
     last_call = math.ceil(min(limits.stall / 2, 30))
     settings["rdzv_configs"] = {"is_host": False, "join_timeout": JOIN, "last_call_timeout": last_call}
     command = [sys.executable, "-m", "bigbatch.cli.agent", json.dumps(settings), "-u", "-m", "bigbatch", *arguments]

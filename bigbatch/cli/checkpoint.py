@@ -101,7 +101,7 @@ def _export(args: argparse.Namespace) -> int:
         (part / "README.md").write_text(card, encoding="utf-8")
         part.rename(dest)
     except (RunError, OSError) as error:
-        return _say(str(error), FAILED)
+        return _say(f"{dest}: {error}", FAILED)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     finally:

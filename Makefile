@@ -10,7 +10,7 @@ STEPS ?= 20
 
 help:
 	@echo 'make test    lint, type check and run all tests but the next'
-	@echo 'make cluster tests on several hosts and under SLURM, made of namespaces of this machine; needs root'
+	@echo 'make cluster the tests of launchers, faults, several hosts and SLURM (the last two need root)'
 	@echo 'make demo    train digits at batch 32 and at batch 512 with LARS, and compare'
 	@echo 'make verify  prove that the recipes are the same run in every layout (STEPS=$(STEPS))'
 	@echo 'make lint    ruff and mypy alone'

@@ -13,6 +13,7 @@ from faults import harness
 HARNESS = Path(harness.__file__)
 
 
+@pytest.mark.cluster
 def test_broken_runs_end_as_the_one_that_was_let_be(tmp_path: Path) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path], capture_output=True).returncode == 0
     if mounted:

@@ -13,6 +13,8 @@ import yaml
 from bigbatch.cli import main
 from runs.command import ROOT, environment, summary
 
+pytestmark = pytest.mark.cluster
+
 CONFIGS = ROOT / "launch" / "accelerate"
 RECIPE = str(ROOT / "configs/digits/lars_512.yaml")
 OVERRIDES = ("duration=2st", "tracking.console=none")
@@ -41,7 +43,6 @@ def test_two_processes_on_the_cpu(torchrun: str, tmp_path: Path) -> None:
     assert (summary(tmp_path)["world_size"], summary(tmp_path)["parameters_sha256"]) == (2, torchrun)
 
 
-@pytest.mark.cluster
 def test_two_nodes(torchrun: str, tmp_path: Path) -> None:
     nodes = []
     for rank in "01":
@@ -51,7 +52,6 @@ def test_two_nodes(torchrun: str, tmp_path: Path) -> None:
     assert (summary(tmp_path)["world_size"], summary(tmp_path)["parameters_sha256"]) == (2, torchrun)
 
 
-@pytest.mark.cluster
 def test_deepspeed(tmp_path: Path) -> None:
     strategy = ("parallel.strategy=deepspeed", "parallel.zero_stage=1")
     process = launch(CONFIGS / "deepspeed.yaml", tmp_path, *strategy, options=("--num_processes", "2"))

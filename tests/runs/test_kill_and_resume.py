@@ -63,7 +63,7 @@ def kill_after(step: int, arguments: list[str], run: Path, *, processes: int) ->
     psutil.wait_procs(workers)
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2")])
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (2, "fsdp2")])
 def test_killed_run_ends_as_the_one_that_was_not(recipe: Path, tmp_path: Path, processes: int, strategy: str) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start = ["train", str(recipe), f"parallel.strategy={strategy}"]

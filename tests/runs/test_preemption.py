@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bigbatch.cli import main
+from bigbatch.signals import StopSignal
 from runs.command import ROOT, bigbatch, command, environment, events, summary, untimed
 
 RECIPE = """
@@ -110,20 +112,19 @@ def test_the_agent_is_asked(recipe: Path, tmp_path: Path) -> None:
     assert json.loads((run / "preempted.json").read_text())["signal"] == "SIGTERM"
 
 
-def test_an_evaluation_that_is_left_out_is_made_up_for(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_is_left_out_is_made_up_for(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped after every single step, and so at every evaluation too; a resume does it, and keeps the best."""
-    code = (
-        "import sys; from bigbatch.signals import StopSignal; from bigbatch.cli import main;"
-        "StopSignal.__enter__ = lambda self: (setattr(self, 'asked', 'SIGTERM'), self)[1];"
-        "sys.exit(main(sys.argv[1:]))"
-    )
+
+    def asked(self: StopSignal) -> StopSignal:
+        self.asked = "SIGTERM"
+        return self
+
+    monkeypatch.setattr(StopSignal, "__enter__", asked)
     run = tmp_path / "run"
     arguments = ["train", str(recipe), f"run.dir={run}", "duration=4st", "eval.every=2st", "checkpoint.every=4st"]
-    codes = []
-    for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment(), timeout=60)
-        codes.append(done.returncode)
-    assert codes == [75, 75, 75, 75, 0]
+    assert [main(arguments) for _ in range(5)] == [75, 75, 75, 75, 0]
     assert [event["step"] for event in events(run, "step")] == [1, 2, 3, 4]
     assert [(event["step"], event["split"]) for event in events(run, "eval")] == [
         (2, "validation"), (4, "validation"), (4, "test"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,19 @@ STUBS = {
 
 DONE = "mkdir -p $run; touch $run/summary.json"
 UNTIL_TOLD = "while :; do sleep; done"
+STARTS_SLOWLY = """# Until it sets a handler it ignores what it was started to ignore, as srun does.
+import os, pathlib, signal, time
+def save(*_):
+    run = pathlib.Path(os.environ["run"])
+    run.mkdir(parents=True)
+    (run / "preempted.json").touch()
+    os._exit(0)
+pathlib.Path("started").write_text("once")
+os.kill(int(os.environ["SCRIPT"]), signal.SIGUSR1)
+time.sleep(0.5)
+signal.signal(signal.SIGUSR1, save)
+time.sleep(30)
+"""
 HANGS = "trap '' USR1; kill -USR1 $PPID; exec /bin/sleep 60"
 
 
@@ -118,11 +132,7 @@ def test_a_step_that_does_not_hear_is_killed_before_the_limit(saved: str, requeu
 
 
 def test_an_srun_that_is_starting_does_not_die_of_the_signal(cluster: Path) -> None:
-    (cluster / "later").write_text(f"trap 'mkdir -p $run; touch $run/preempted.json; exit' USR1; {UNTIL_TOLD}")
-    # A shell that sets no trap is as srun's process is before it is srun: it ignores what it was started to ignore.
-    (cluster / "bin" / "srun").write_text(
-        "#!/bin/bash\necho >>started\nkill -USR1 $SCRIPT; /bin/sleep 0.5; exec env --default-signal=USR1 bash later\n"
-    )
+    (cluster / "bin" / "srun").write_text(f"#!{sys.executable}\n{STARTS_SLOWLY}")
     ended = submit(cluster, "recipe.yaml")
     assert (ended.code, ended.requeued, len(ended.started)) == (0, ["requeue 7"], 1), ended.output
 

@@ -322,7 +322,7 @@ def _score(path: Path, metric: str) -> float | None:
     try:
         sums, state = (json.loads((path / name).read_text()) for name in (MANIFEST, STATE))
         value = state["metrics"][metric] if sums[STATE] == _sha256(path / STATE) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # else nothing is pruned
         return None
     return value if isinstance(value, float) and value == value else None
 

@@ -264,7 +264,7 @@ def _announce(session: Session, saved: Saved | None, damage: Sequence[str]) -> N
     for message in damage:
         session.log("warning", code="damaged_checkpoint", message=message)
     if saved:
-        session.log("resume", checkpoint=saved.path.name)
+        session.log("resume", checkpoint=f"{saved.state['step']:08d}")
         return
     for warning in (*session.parts.plan.warnings, *session.parts.warnings):
         session.log("warning", code=warning.code, message=warning.message)

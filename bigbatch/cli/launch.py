@@ -20,9 +20,9 @@ from ipaddress import ip_address
 import psutil
 
 from bigbatch.cli import OK, PREEMPTED, _positive, make_plan
-from bigbatch.config import ConfigError, load_config
+from bigbatch.config import ConfigError, load_config, say
 
-from .watchdog import Limits, say, supervise
+from .watchdog import Limits, supervise
 
 PORT = 29400
 LOCAL = "127.0.0.1:0"

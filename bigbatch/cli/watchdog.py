@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import psutil
 
 from bigbatch.cli import FAILED, OK, USAGE
+from bigbatch.config import say
 
 ALONE = 69
 """Exit code of an agent that has not found the others, or lost them (EX_UNAVAILABLE of sysexits.h)."""
@@ -55,10 +55,6 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], *, restart
             say(f"the others have not been met for {limits.join:g} s")
             return FAILED
         time.sleep(PAUSE)
-
-
-def say(message: str) -> None:
-    print(f"bigbatch launch: {message}", file=sys.stderr, flush=True)
 
 
 def _attempt(

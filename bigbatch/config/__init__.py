@@ -3,6 +3,6 @@
 from .duration import Duration
 from .load import ConfigError, dump_config, load_config, merge
 from .models import RunConfig
-from .redact import redact
+from .redact import redact, say
 
-__all__ = ["ConfigError", "Duration", "RunConfig", "dump_config", "load_config", "merge", "redact"]
+__all__ = ["ConfigError", "Duration", "RunConfig", "dump_config", "load_config", "merge", "redact", "say"]

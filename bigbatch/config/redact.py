@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from contextlib import suppress
 
 _SECRET = re.compile(
     r"(https?://)[^\s/?#@'\"]+(?=@)"  # who asks, before the host of a web address
@@ -12,6 +14,12 @@ _SECRET = re.compile(
     r"|\b((?:hf|gh[oprsu]|github_pat|wandb_v1)_|glpat-)[a-z0-9]{20,}\w*",  # tokens that say what they are
     re.IGNORECASE,
 )
+
+
+def say(text: str, *, who: str = "bigbatch") -> None:
+    """One message on standard error, without secrets; nothing where standard error itself is gone."""
+    with suppress(OSError, ValueError):
+        print(redact(f"{who}: {text}"), file=sys.stderr, flush=True)
 
 
 def redact(text: str) -> str:

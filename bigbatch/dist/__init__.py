@@ -2,7 +2,7 @@
 
 from .deepspeed import set_layers
 from .fsdp2 import part
-from .heartbeat import repeat, say
+from .heartbeat import repeat
 from .local import RankError, run_processes
 from .runtime import Runtime, lost_contact
 from .strategy import Strategy
@@ -15,6 +15,5 @@ __all__ = [
     "part",
     "repeat",
     "run_processes",
-    "say",
     "set_layers",
 ]

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import distributed_c10d as c10d
 
+from bigbatch.config import say
 from bigbatch.config.models import Parallel
 
 PHASES = ("start", "log", "eval", "save", "data", "forward", "exchange", "update")
@@ -287,12 +288,6 @@ def repeat(work: Callable[[], object], *, seconds: float, name: str) -> Callable
         thread.join(timeout=1.0)  # not for ever: it may wait for a disk or a host that is gone
 
     return end
-
-
-def say(text: str) -> None:
-    """One message on standard error, which may be gone."""
-    with suppress(OSError, ValueError):
-        print(f"bigbatch: {text}", file=sys.stderr, flush=True)
 
 
 def _end_without(parent: int) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from bigbatch.config import redact
+from bigbatch.config import say
 
 Event = dict[str, Any]
 """``event`` names the kind, ``step`` the optimiser steps taken so far (the first step's event says 1)."""
@@ -66,14 +64,8 @@ class Trackers:
                 if dropped or tracker not in self._named:
                     self._named.add(tracker)
                     then = "training goes on without it" if dropped else "it is tried again with the next event"
-                    say(f"tracking: {type(tracker).__name__.lower()} failed: {one_line(error)}; {then}")
+                    say(f"{type(tracker).__name__.lower()} failed: {one_line(error)}; {then}", who="tracking")
 
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def say(text: str) -> None:
-    """A line on stderr, without secrets; nothing where stderr itself is gone."""
-    with contextlib.suppress(OSError, ValueError):
-        print(redact(text), file=sys.stderr, flush=True)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from bigbatch.config import say
 from bigbatch.config.models import Wandb as Settings
 
-from .base import Event, Status, one_line, say
+from .base import Event, Status, one_line
 from .jsonl import read_events
 
 CLOCK = ("step", "samples", "epoch")
@@ -49,11 +50,11 @@ class Wandb:
                 raise
             wandb.teardown()  # W&B's process goes on trying under this id; it would end a run of the caller's too
             mode, later = "offline", f"`wandb sync {self._dir}/wandb/offline-run-*` sends it later"
-            say(f"tracking: no W&B server: {one_line(error)}; the run is kept offline, and {later}")
+            say(f"no W&B server: {one_line(error)}; the run is kept offline, and {later}", who="tracking")
             self._run = self._init(run_id, mode, everything)
         if mode == "online":
             self._last = self._run.starting_step - 1
-            say(f"wandb: {self._run.url}")
+            say(self._run.url, who="wandb")
         else:
             self._last = _last_step(self._dir / "wandb", run_id)
         self._run.define_metric("samples")

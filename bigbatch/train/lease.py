@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from bigbatch.dist import repeat, say
+from bigbatch.config import say
+from bigbatch.dist import repeat
 
 from .state import RunError
 

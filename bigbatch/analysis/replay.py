@@ -17,7 +17,7 @@ from bigbatch.config import ConfigError, RunConfig
 from bigbatch.data import Batch, Loader
 from bigbatch.dist import Runtime, part
 from bigbatch.plan import Plan
-from bigbatch.train import Clock, Parts, RunError, assemble, check_ranks, fingerprints, train_step
+from bigbatch.train import Clock, Parts, RunError, assemble, check_ranks, fingerprints, train_step, upcoming
 
 
 @dataclass
@@ -73,6 +73,7 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
     recorder = _Recorder(parts.loader)
     parts = dataclasses.replace(parts, loader=recorder)
     trace, clock = Trace(notes=tuple(warning.message for warning in parts.warnings)), Clock()
+    parts.loader.follow(upcoming(parts, 0))
     while clock.samples < plan.samples:
         report = train_step(parts, samples=clock.samples)
         clock.samples, clock.step = clock.samples + report.global_batch, clock.step + 1
@@ -100,6 +101,7 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
             trace.statistics.append(_difference(running, known))
             if sys.stderr.isatty():
                 print(f"\r{clock.step} of {plan.steps} steps ", end="", file=sys.stderr, flush=True)
+    parts.loader.close()
     return trace
 
 

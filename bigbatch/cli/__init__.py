@@ -196,6 +196,7 @@ def _train(args: argparse.Namespace) -> int:
 def _train_until(stop: StopSignal, config: RunConfig) -> int:
     plan = make_plan(config, world_size=_world_size())
 
+    from bigbatch.data import DataError
     from bigbatch.dist import lost_contact
     from bigbatch.train import Preempted, RunError, train
 
@@ -204,7 +205,7 @@ def _train_until(stop: StopSignal, config: RunConfig) -> int:
     try:
         with _assembled(config, plan) as parts:
             summary = train(parts, stop)
-    except RunError as error:
+    except (RunError, DataError) as error:
         return _say(str(error), FAILED)
     except Preempted as message:
         if _rank() == 0:
@@ -305,7 +306,10 @@ def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
             parts = assemble(config, plan, runtime)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        yield parts
+        try:
+            yield parts
+        finally:
+            parts.loader.close()
 
 
 # A launcher tells each process who it is before torch is there to ask.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bigbatch import __version__
 from bigbatch.cli import FAILED, OK, _say
 from bigbatch.config import ConfigError, RunConfig, dump_config, load_config
+from bigbatch.config.models import Classification
 
 if TYPE_CHECKING:
     from bigbatch.data import Dataset
@@ -146,12 +147,13 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _card(config: RunConfig, dataset: Dataset, run: Path, state: dict[str, Any]) -> str:
-    name, options, (channels, *_) = config.task.model, config.task.options, dataset.shape
+    assert isinstance(config.task, Classification) and dataset.mean is not None and dataset.std is not None
+    name, options, shape = config.task.model, config.task.options, dataset.spec.shape
     if name.startswith("timm/"):
-        arguments = f"{name.removeprefix('timm/')!r}, in_chans={channels}, num_classes={dataset.classes}"
+        arguments = f"{name.removeprefix('timm/')!r}, in_chans={shape[0]}, num_classes={dataset.spec.classes}"
         build = f"import timm\n\nmodel = timm.create_model({arguments}, **{options})"
     else:
-        arguments = f"shape={dataset.shape}, classes={dataset.classes}"
+        arguments = f"shape={shape}, classes={dataset.spec.classes}"
         build = f"from bigbatch.tasks import ResNetSmall\n\nmodel = ResNetSmall({arguments}, **{options})"
     if config.norm.kind != "batch":
         norm = f"Norm(kind={config.norm.kind!r}, groups={config.norm.groups})"
@@ -169,7 +171,7 @@ def _card(config: RunConfig, dataset: Dataset, run: Path, state: dict[str, Any])
         build=build,
         mean=dataset.mean.tolist(),
         std=dataset.std.tolist(),
-        shape=", ".join(map(str, dataset.shape)),
+        shape=", ".join(map(str, shape)),
     )
 
 

@@ -7,25 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .augment import augment_images
-    from .loader import Batch, Loader
+    from .base import Batch, DataError, Dataset, Part, Split
+    from .loader import Loader
     from .mix import mix_images, partners
+    from .pipeline import ImagePipeline, Pipeline, PlainPipeline
     from .sampler import Stream, order, permute, shares
     from .size import size_of
-    from .sources import Dataset, MemoryPart, Part, SyntheticPart, load_data
+    from .sources import MemoryPart, SyntheticPart, load_data
 
 _FILES = {
     "augment": ("augment_images",),
-    "loader": ("Batch", "Loader"),
+    "base": ("Batch", "DataError", "Dataset", "Part", "Split"),
+    "loader": ("Loader",),
     "mix": ("mix_images", "partners"),
+    "pipeline": ("ImagePipeline", "Pipeline", "PlainPipeline"),
     "sampler": ("Stream", "order", "permute", "shares"),
     "size": ("size_of",),
-    "sources": ("Dataset", "MemoryPart", "Part", "SyntheticPart", "load_data"),
+    "sources": ("MemoryPart", "SyntheticPart", "load_data"),
 }
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
-    "Batch", "Dataset", "Loader", "MemoryPart", "Part", "Stream", "SyntheticPart", "augment_images", "load_data",
-    "mix_images", "order", "partners", "permute", "shares", "size_of",
+    "Batch", "DataError", "Dataset", "ImagePipeline", "Loader", "MemoryPart", "Part", "Pipeline", "PlainPipeline",
+    "Split", "Stream", "SyntheticPart", "augment_images", "load_data", "mix_images", "order", "partners", "permute",
+    "shares", "size_of",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Literal
 
-from bigbatch.config.models import Data, Digits, Idx, Synthetic
+from bigbatch.config.models import CustomData, Data, Digits, Folder, Hub, Idx, Shards, Synthetic, Text
 
 DIGITS_TRAIN = 1085  # of 1,797; the rest validates (357) and tests (355)
 DOWNLOADED_TRAIN = 60_000  # of MNIST and of Fashion-MNIST alike, before data.validation is taken off
@@ -36,9 +36,23 @@ def size_of(config: Data) -> int:
             if config.size is not None:
                 return config.size
             raise not_found(config)
+        case Folder() | Shards() | Hub():
+            from .listing import files_size
+
+            return _agreed(config, files_size(config))
+        case Text():
+            from .corpus import text_size
+
+            return _agreed(config, text_size(config))
+        case CustomData():
+            if config.size is not None:
+                return config.size
+            from .custom import load_custom
+
+            return len(load_custom(config, seed=0).train)
 
 
-def _agreed(config: Digits | Idx, known: int) -> int:
+def _agreed(config: Data, known: int) -> int:
     if config.size not in (None, known):
         raise ValueError(
             f"data.size = {config.size}: the data has {known} training samples; write data.size={known} or leave it out"

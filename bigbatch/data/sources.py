@@ -6,15 +6,16 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bigbatch.config.models import Data, Digits, Idx, Synthetic
+from bigbatch.config.models import CustomData, Data, Digits, Folder, Hub, Idx, Shards, Synthetic, Text
 from bigbatch.keyed import fold, hashed
+from bigbatch.spec import Spec
 
+from .base import Batch, Dataset
 from .size import (
     TEST_FILES,
     TORCHVISION,
@@ -29,15 +30,6 @@ from .size import (
 )
 
 
-class Part(Protocol):
-    """Samples that can be had by number."""
-
-    def __len__(self) -> int: ...
-
-    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images (B, C, H, W) and int64 labels (B,) of the samples ``index``, int64 (B,), all on the CPU."""
-
-
 @dataclass(frozen=True, eq=False)
 class MemoryPart:
     """A part that lies in memory: images uint8 (N, C, H, W), labels int64 (N,)."""
@@ -48,8 +40,8 @@ class MemoryPart:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.images.index_select(0, index), self.labels.index_select(0, index)
+    def gather(self, index: Tensor, epoch: Tensor | None = None) -> Batch:
+        return {"image": self.images.index_select(0, index), "label": self.labels.index_select(0, index)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,29 +61,14 @@ class SyntheticPart:
     def __len__(self) -> int:
         return self.size
 
-    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, index: Tensor, epoch: Tensor | None = None) -> Batch:
         index = index + self.first
         label = index % len(self.patterns)
         rows = torch.arange(self.height) * 4 // self.height
         signal = self.patterns.index_select(0, label).index_select(2, rows)
         windows = self.noise.unfold(0, signal[0].numel(), 1)
-        return signal + windows.index_select(0, hashed(self.seed, index) % len(windows)).view_as(signal), label
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Three parts, what they have in common, and mean and standard deviation of the training part's pixels / 255.
-
-    mean, std: float64 (C,), over all pixels of a channel, std with divisor N.
-    """
-
-    train: Part
-    validation: Part
-    test: Part
-    shape: tuple[int, int, int]
-    classes: int
-    mean: Tensor
-    std: Tensor
+        noise = windows.index_select(0, hashed(self.seed, index) % len(windows)).view_as(signal)
+        return {"image": signal + noise, "label": label}
 
 
 def load_data(config: Data, *, seed: int) -> Dataset:
@@ -107,6 +84,18 @@ def load_data(config: Data, *, seed: int) -> Dataset:
             dataset = _idx(config)
         case Synthetic():
             dataset = _synthetic(config, seed=seed)
+        case Folder() | Shards() | Hub():
+            from .files import load_files
+
+            dataset = load_files(config, seed=seed)
+        case Text():
+            from .text import load_text
+
+            dataset = load_text(config, seed=seed)
+        case CustomData():
+            from .custom import load_custom
+
+            dataset = load_custom(config, seed=seed)
     size = size_of(config)  # which has its say on data.size
     assert len(dataset.train) == size
     return dataset
@@ -121,7 +110,7 @@ def _in_memory(train: MemoryPart, validation: MemoryPart, test: MemoryPart, *, c
     if not std.all():
         raise ValueError(f"{name}: every pixel of the training images has one value, there is nothing to learn from")
     _, c, h, w = train.images.shape
-    return Dataset(train, validation, test, (c, h, w), classes, mean, std)
+    return Dataset(train, validation, test, Spec((c, h, w), classes), mean=mean, std=std)
 
 
 def _digits() -> Dataset:
@@ -202,4 +191,4 @@ def _synthetic(config: Synthetic, *, seed: int) -> Dataset:
     train, validation, test = (SyntheticPart(n, sum(sizes[:i]), h, seed, patterns, noise) for i, n in enumerate(sizes))
     variance = (129**2 - 1 + 128**2 - 1) / 12  # of the two uniform terms, whose means add up to 64 + 63.5
     mean, std = (torch.full((c,), value / 255, dtype=torch.float64) for value in (127.5, math.sqrt(variance)))
-    return Dataset(train, validation, test, config.shape, config.classes, mean, std)
+    return Dataset(train, validation, test, Spec(config.shape, config.classes), mean=mean, std=std)

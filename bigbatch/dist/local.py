@@ -45,7 +45,7 @@ def run_processes(
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             job = (theirs, rank, world_size, port, timeout, function, args)
-            process = context.Process(target=_main, args=job, daemon=True)
+            process = context.Process(target=_main, args=job)  # no daemon: it may have children that read data
             process.start()
             theirs.close()
             processes.append(process)

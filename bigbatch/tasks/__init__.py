@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bigbatch.config.models import CausalLM, Classification, CustomTask, MaskedLM
 from bigbatch.config.models import Task as TaskConfig
+from bigbatch.spec import Spec
 
 from .base import Task
 from .classification import ClassificationTask
@@ -11,6 +13,16 @@ from .resnet_small import ResNetSmall
 __all__ = ["ClassificationTask", "ResNetSmall", "Task", "build_task"]
 
 
-def build_task(config: TaskConfig, *, shape: tuple[int, int, int], classes: int) -> Task:
-    """The task that ``config`` names, for images of ``shape`` (C, H, W) in ``classes`` classes."""
-    return ClassificationTask(config, shape=shape, classes=classes)
+def build_task(config: TaskConfig, spec: Spec) -> Task:
+    """The task that ``config`` names, for data of this kind. Raises ValueError where they do not go together."""
+    match config:
+        case Classification():
+            return ClassificationTask(config, spec)
+        case MaskedLM() | CausalLM():
+            from .language import LanguageTask
+
+            return LanguageTask(config, spec)
+        case CustomTask():
+            from .custom import custom_task
+
+            return custom_task(config, spec)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigbatch.config.models import Classification
+from bigbatch.spec import Spec
 
 from .resnet_small import ResNetSmall
 
@@ -33,14 +34,14 @@ class ClassificationTask:
     sums = ("loss", "correct", "weight")
     metric_names = ("loss", "accuracy")
 
-    def __init__(self, config: Classification, *, shape: tuple[int, int, int], classes: int) -> None:
-        weights = config.class_weights
+    def __init__(self, config: Classification, spec: Spec) -> None:
+        weights, classes = config.class_weights, spec.classes
         if weights is not None and (len(weights) != classes or not any(weights)):
             found = f"{len(weights)} weights for {classes} classes" if len(weights) != classes else "nothing weighs"
             raise ValueError(
                 f"task.class_weights = {list(weights)}: {found}; give one for each class, some above 0, or remove it"
             )
-        self.config, self.shape, self.classes = config, shape, classes
+        self.config, self.shape, self.classes = config, spec.shape, classes
 
     @property
     def weight_is_count(self) -> bool:

@@ -49,7 +49,7 @@ class ResNetSmall(nn.Module):
     def __init__(
         self,
         *,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         classes: int,
         widths: Sequence[int] = (16, 32, 64),
         stem_stride: int | Literal["auto"] = "auto",

@@ -6,7 +6,7 @@ from .evaluate import evaluate
 from .guard import check_ranks, fingerprints
 from .loop import train
 from .state import Clock, Parts, Preempted, RunError, StepReport
-from .step import train_step
+from .step import train_step, upcoming
 
 __all__ = [
     "Clock",
@@ -22,4 +22,5 @@ __all__ = [
     "open_newest",
     "train",
     "train_step",
+    "upcoming",
 ]

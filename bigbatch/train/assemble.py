@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch.config import RunConfig
-from bigbatch.data import Dataset, Loader, Stream, load_data
+from bigbatch.config.models import Text
+from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Stream, load_data
 from bigbatch.dist import Runtime, Strategy
 from bigbatch.dropout import KeyedDropout, draws_freely
 from bigbatch.keyed import fold
@@ -33,7 +35,7 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     with runtime.first_on_this_machine():
         data = load_data(config.data, seed=config.seed)
     _check_size(data, plan)
-    task = build_task(config.task, shape=data.shape, classes=data.classes)
+    task = build_task(config.task, data.spec)
     if config.checkpoint.best not in task.metric_names:
         raise ValueError(
             f"checkpoint.best = {config.checkpoint.best!r}: no metric of this task; choose one of {task.metric_names}"
@@ -50,10 +52,9 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         stream=Stream(
             plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples, shuffle=config.data.shuffle
         ),
-        augment=config.data.augment,
-        seed=config.seed,
-        device=runtime.device,
-        dtype=runtime.dtype,
+        pipeline=_pipeline(config, data, runtime),
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
     )
     strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
     dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
@@ -72,6 +73,26 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         own_buffers=own_buffers,
         warnings=warnings,
     )
+
+
+def _pipeline(config: RunConfig, data: Dataset, runtime: Runtime) -> Pipeline:
+    on: Any = {"seed": config.seed, "device": runtime.device, "dtype": runtime.dtype}
+    settings = config.data
+    if data.kind == "text":
+        raise NotImplementedError
+    assert not isinstance(settings, Text)
+    if data.kind == "image":
+        assert data.mean is not None and data.std is not None
+        scale, shift = (
+            t.to(runtime.device, torch.promote_types(runtime.dtype, torch.float32))[:, None, None]
+            for t in (1 / (255 * data.std), -data.mean / data.std)
+        )
+
+        def preprocess(image: Tensor) -> Tensor:
+            return image.mul_(scale).add_(shift)
+
+        return ImagePipeline(shape=data.spec.shape, augment=settings.augment, preprocess=preprocess, **on)
+    return PlainPipeline(**on)
 
 
 def _try(
@@ -118,8 +139,8 @@ def _try(
     except Exception as error:
         under = f" under parallel.strategy = {config.parallel.strategy}" if runtime.world_size > 1 else ""
         raise ValueError(
-            f"task.model = {config.task.model!r} with task.options = {config.task.options!r}: a training step on two "
-            f"samples{under} fails ({error}); change the model or its options"
+            f"{config.task.what}: a training step on two samples{under} fails ({error}); change the "
+            "model or its options"
         ) from error
     stats.discard()
     moved = frozenset(name for name, buffer in model.named_buffers() if not buffer.equal(before[name]))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Literal
 
 import torch
 
-from .state import Parts
+from bigbatch.data import Split
 
-Split = Literal["train", "validation", "test"]
+from .state import Parts
 
 
 def evaluate(parts: Parts, split: Split) -> dict[str, float]:

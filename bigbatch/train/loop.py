@@ -25,7 +25,7 @@ from .guard import check_ranks
 from .lease import Lease
 from .resume import find, on_rank_0, restore
 from .state import Clock, Parts, Preempted, RunError, StepReport
-from .step import train_step
+from .step import train_step, upcoming
 
 SUMMARY, PREEMPTED = "summary.json", "preempted.json"
 Metrics = dict[str, float]
@@ -131,6 +131,7 @@ def _steps(session: Session, *, late: bool) -> Metrics | None:
     if late:
         metrics = _validate(session)
         _save(session, metrics)
+    parts.loader.follow(upcoming(parts, clock.samples))
     meter.resume()
     while clock.samples < plan.stop_samples:
         before, after = clock.samples, clock.samples + plan.window(clock.samples)

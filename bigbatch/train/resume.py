@@ -74,7 +74,7 @@ def on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
 def _identity(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json", by_alias=True, exclude=set(FREE_ON_RESUME))
     del tree["batch"]["micro"], tree["batch"]["micro_limit"]
-    for where in ("path", "download"):
+    for where in ("path", "download", "cache", "cache_bytes", "workers", "prefetch", "unreadable"):
         tree["data"].pop(where, None)
     # Rounded gradients are another run; how they lie over the processes is not.
     tree["parallel"] = {"compression": config.parallel.compression}

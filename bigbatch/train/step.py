@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -85,6 +86,15 @@ def my_pieces(parts: Parts, samples: int) -> list[range]:
     accumulation = plan.batch(samples) // (micro * world_size)
     rows = shares(plan.window(samples), micro=micro, world_size=world_size, accumulation=accumulation, span=plan.span)
     return [row[parts.runtime.rank] for row in rows]
+
+
+def upcoming(parts: Parts, samples: int) -> Iterator[tuple[range, range]]:
+    """Positions and window of every batch that this process trains on after ``samples`` samples."""
+    while samples < parts.plan.stop_samples:
+        window = shift(range(parts.plan.window(samples)), samples)
+        for piece in my_pieces(parts, samples):
+            yield shift(piece, samples), window
+        samples += len(window)
 
 
 def dropout(parts: Parts, piece: range, window: range) -> AbstractContextManager[Any]:

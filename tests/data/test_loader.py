@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from bigbatch.config.models import Augment, Digits, Synthetic
-from bigbatch.data import Loader, Stream, augment_images, load_data, shares
+from images import image_loader
+
+from bigbatch.data import Stream, augment_images, load_data, shares
 
 EVERYTHING = Augment(shift=2, flip=True, erase=0.5)
 CPU = torch.device("cpu")
@@ -17,7 +19,7 @@ def digits():
 
 def loader(data, *, augment=EVERYTHING, seed=4, dtype=torch.float64, device=CPU):
     stream = Stream(len(data.train), seed=seed, epoch_samples=len(data.train))
-    return Loader(data, stream=stream, augment=augment, seed=seed, device=device, dtype=dtype)
+    return image_loader(data, stream=stream, augment=augment, seed=seed, device=device, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -26,7 +28,7 @@ def test_batch_is_gathered_augmented_and_normalised(digits, dtype):
     index, epoch = (torch.from_numpy(a) for a in Stream(1085, seed=4, epoch_samples=1085).locate(range(1000, 1200)))
     assert torch.equal(batch["index"], index) and torch.equal(batch["epoch"], epoch)
     assert epoch.unique().tolist() == [0, 1]
-    pixels, labels = digits.train.gather(index)
+    pixels, labels = digits.train.gather(index).values()
     assert torch.equal(batch["label"], labels)
     pixels = augment_images(pixels, config=EVERYTHING, seed=4, epoch=epoch, index=index)
     expected = (pixels.double() / 255 - digits.mean) / digits.std
@@ -81,7 +83,7 @@ def test_evaluation_sees_every_sample_once_and_unchanged(digits, world_size, par
     index = torch.cat([s["index"] for s in seen])
     data = getattr(digits, part)
     assert torch.equal(index.sort().values, torch.arange(len(data)))
-    pixels, labels = data.gather(index)
+    pixels, labels = data.gather(index).values()
     assert torch.equal(torch.cat([s["label"] for s in seen]), labels)
     expected = (pixels.double() / 255 - digits.mean) / digits.std
     torch.testing.assert_close(torch.cat([s["image"] for s in seen]), expected, rtol=1e-12, atol=1e-12)

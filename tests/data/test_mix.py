@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch.config.models import Augment, Digits
-from bigbatch.data import Loader, Stream, load_data, mix_images, partners
+from images import image_loader
+
+from bigbatch.data import Stream, load_data, mix_images, partners
 from bigbatch.keyed import uniform
 from reference.mix import mix_window
 
@@ -20,7 +22,7 @@ DIGITS = load_data(Digits(name="digits"), seed=0)
 
 def loader(augment, *, dtype=torch.float64):
     stream = Stream(1085, seed=4, epoch_samples=1085)
-    return Loader(DIGITS, stream=stream, augment=augment, seed=4, device=torch.device("cpu"), dtype=dtype)
+    return image_loader(DIGITS, stream=stream, augment=augment, seed=4, device=torch.device("cpu"), dtype=dtype)
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=str)

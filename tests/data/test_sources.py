@@ -18,7 +18,7 @@ def idx(path, **options):
 
 
 def everything(part):
-    return part.gather(torch.arange(len(part)))
+    return tuple(part.gather(torch.arange(len(part))).values())
 
 
 # ------------------------------------------------------------------------------------------------ digits
@@ -39,7 +39,7 @@ def test_digits_parts_are_split_by_class_and_cover_the_file_once():
         assert np.array_equal(images[:, 0].numpy(), np.rint(raw.images[members] * 255 / 16))
         assert np.array_equal(labels.numpy(), raw.target[members])
     assert (len(data.train), len(data.validation), len(data.test)) == (1085, 357, 355)
-    assert (data.shape, data.classes) == ((1, 8, 8), 10)
+    assert (data.spec.shape, data.spec.classes) == ((1, 8, 8), 10)
 
 
 def test_statistics_are_those_of_the_training_part():
@@ -71,7 +71,7 @@ def test_idx_parts(plant, packed):
         images, numbers = everything(part)
         assert np.array_equal(images[:, 0].numpy(), pixels)
         assert np.array_equal(numbers.numpy(), labels)
-    assert (data.shape, data.classes) == ((1, 6, 5), 4)
+    assert (data.spec.shape, data.spec.classes) == ((1, 6, 5), 4)
 
 
 def test_no_held_out_image_enters_the_statistics(plant, encode):
@@ -86,7 +86,7 @@ def test_no_held_out_image_enters_the_statistics(plant, encode):
 
 def test_a_class_that_only_validates_still_counts(plant, encode):
     data = load_data(idx(plant(train_labels=encode([0, 1] * 9 + [2, 0]), test_labels=encode([0, 1] * 4))), seed=0)
-    assert data.classes == 3
+    assert data.spec.classes == 3
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_synthetic_images_are_a_function_of_seed_and_number():
     assert images.dtype == torch.uint8 and images.shape == (300, 3, 9, 11)
     assert torch.equal(labels.unique(), torch.arange(7))
     some = torch.tensor([299, 0, 17, 17])
-    assert torch.equal(again.train.gather(some)[0], images[some])
-    assert torch.equal(again.train.gather(some)[1], labels[some])
-    assert not torch.equal(other.train.gather(some)[0], images[some])
+    assert torch.equal(again.train.gather(some)["image"], images[some])
+    assert torch.equal(again.train.gather(some)["label"], labels[some])
+    assert not torch.equal(other.train.gather(some)["image"], images[some])
 
 
 def test_synthetic_parts_share_no_image():
@@ -218,6 +218,6 @@ def test_synthetic_classes_can_be_told_apart():
 def test_synthetic_of_imagenet_size_makes_only_what_is_asked_for():
     data = load_data(synthetic(size=1_281_167, shape=(3, 224, 224), classes=1000), seed=0)
     assert len(data.train) == 1_281_167
-    images, labels = data.train.gather(torch.tensor([1_281_166, 3]))
+    images, labels = data.train.gather(torch.tensor([1_281_166, 3])).values()
     assert images.shape == (2, 3, 224, 224) and labels.tolist() == [166, 3]
     assert data.train.patterns.numel() + data.train.noise.numel() < 5_000_000

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bigbatch.config.models import Classification
+from bigbatch.spec import Spec
 from bigbatch.tasks import ResNetSmall, build_task
 
 OWN = "bigbatch/resnet_small"
 
 
 def task(model=OWN, *, shape=(1, 8, 8), classes=10, **config):
-    return build_task(Classification(name="classification", model=model, **config), shape=shape, classes=classes)
+    return build_task(Classification(name="classification", model=model, **config), Spec(shape, classes))
 
 
 class Table(nn.Module):

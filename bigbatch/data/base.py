@@ -1,0 +1,53 @@
+"""What all datasets have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from bigbatch.spec import Spec
+
+Batch = dict[str, Tensor]
+Split = Literal["train", "validation", "test"]
+
+
+class DataError(ValueError):
+    """Data that a run needs cannot be read; the message names the file and what to do."""
+
+
+class Part(Protocol):
+    """Samples that can be had by number, in any process: a part is pickled for those that read ahead."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, index: Tensor, epoch: Tensor | None = None) -> Batch:
+        """The samples ``index``, int64 (B,), as tensors of the CPU whose first dimension is B; of images, ``image``
+        uint8 (B, C, H, W), and of classes, ``label`` int64 (B,).
+
+        ``epoch``, int64 (B,): for training, where what is random about a sample follows from (seed, epoch, sample).
+        None: for evaluation, where nothing is; samples that cannot be read may then be left out, if the column
+        ``index`` has those that are there. Raises `DataError`.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three parts, and what they have in common.
+
+    ``kind`` tells what a batch still goes through: images are augmented
+    and preprocessed, text is masked, anything else is plain.
+    mean, std: of the training part's pixels / 255, float64 (C,), where they are known beforehand.
+    """
+
+    train: Part
+    validation: Part
+    test: Part
+    spec: Spec
+    kind: Literal["image", "text", "plain"] = "image"
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def part(self, split: Split) -> Part:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]

@@ -1,0 +1,129 @@
+"""Reading samples: here and now, or ahead of their use in processes that do nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .base import Batch, DataError, Dataset, Part, Split
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Problems = dict[str, str]
+"""What was unreadable, by name, and why."""
+
+Job = tuple[Split, Tensor, Tensor | None]
+Read = tuple[Batch, Problems]
+Begun = tuple[ProcessPoolExecutor, list[Future[Read]]]
+
+ATTEMPTS = 3
+"""Times that a worker may die over the same samples."""
+
+_parts: dict[Split, Part] = {}  # of a process that reads
+
+
+class Reader:
+    """Reads a dataset's parts in this process, or in ``workers`` others, which end with it.
+
+    ``problems`` are the samples that were not readable and were passed over so far, by name. Raises `DataError` where
+    a sample cannot be read, or where workers die over it again and again; one that dies is replaced.
+    """
+
+    def __init__(self, dataset: Dataset, *, workers: int, pin: bool) -> None:
+        self.problems: Problems = {}
+        self._dataset, self._workers, self._pin = dataset, workers, pin
+        self._pool: ProcessPoolExecutor | None = None
+
+    def start(self, split: Split, index: Tensor, epoch: Tensor | None = None) -> Callable[[], Batch]:
+        """Begin to read; what it returns waits for the samples. Without workers they are read then."""
+        if not self._workers:
+            return lambda: self._note([_read(self._dataset.part(split), index, epoch)])
+        cuts = [len(index) * i // self._workers for i in range(self._workers + 1)]
+        pieces = [slice(low, high) for low, high in pairwise(cuts) if low < high]
+        jobs = [(split, index[piece], None if epoch is None else epoch[piece]) for piece in pieces]
+        begun = self._submit(jobs)
+        return lambda: self._note(self._wait(jobs, begun))
+
+    def close(self) -> None:
+        """End the processes; what they were about to read is forgotten."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _submit(self, jobs: list[Job]) -> Begun:
+        for _ in range(ATTEMPTS):
+            pool = self._pool = self._pool or self._processes()
+            try:
+                return pool, [pool.submit(_work, *job) for job in jobs]
+            except BrokenProcessPool:
+                self.close()
+        raise _died(jobs)
+
+    def _wait(self, jobs: list[Job], begun: Begun) -> list[Read]:
+        for _ in range(ATTEMPTS):
+            pool, futures = begun
+            try:
+                return [future.result() for future in futures]
+            except BrokenProcessPool:
+                if pool is self._pool:
+                    self.close()
+                begun = self._submit(jobs)
+        raise _died(jobs)
+
+    def _processes(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        parts = {split: self._dataset.part(split) for split in SPLITS}
+        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_begin, initargs=(parts,))
+
+    def _note(self, found: list[Read]) -> Batch:
+        for _, problems in found:
+            self.problems |= problems
+        batches = [batch for batch, _ in found]
+        batch = batches[0] if len(batches) == 1 else {n: torch.cat([b[n] for b in batches]) for n in batches[0]}
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin else batch
+
+
+def _died(jobs: list[Job]) -> DataError:
+    _, index, _ = jobs[0]
+    return DataError(
+        f"processes that read data die over the {sum(len(job[1]) for job in jobs)} samples from number {int(index[0])} "
+        "on (out of memory?): lower data.workers or data.prefetch, or find the sample with data.workers=0"
+    )
+
+
+def _begin(parts: dict[Split, Part]) -> None:
+    """Make this process one that reads: it ends when its owner has, and signals that ask a run to stop are its owner's
+    to answer (SIGTERM is how the pool ends it; of one from elsewhere the owner sees a worker die)."""
+    _parts.update(parts)
+    torch.set_num_threads(1)
+    for ignored in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+    threading.Thread(target=_end_with_owner, daemon=True).start()
+
+
+def _end_with_owner() -> None:
+    owner = multiprocessing.parent_process()
+    assert owner is not None
+    owner.join()
+    os._exit(1)
+
+
+def _work(split: Split, index: Tensor, epoch: Tensor | None) -> Read:
+    return _read(_parts[split], index, epoch)
+
+
+def _read(part: Part, index: Tensor, epoch: Tensor | None) -> Read:
+    batch = part.gather(index, epoch)
+    problems: Problems = getattr(part, "problems", {})
+    found = dict(problems)
+    problems.clear()
+    return batch, found

@@ -1,0 +1,112 @@
+"""Reading ahead in other processes: the same batches, and nothing left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from images import image_loader
+
+from bigbatch.config.models import Augment, Digits
+from bigbatch.data import Dataset, DataError, Stream, load_data
+from bigbatch.data.reader import Reader
+from bigbatch.spec import Spec
+
+DIGITS = load_data(Digits(name="digits"), seed=0)
+WINDOW = range(0, 80)
+REQUESTS = [(range(low, min(low + 32, 80)), WINDOW) for low in (0, 32, 64)]
+
+
+class Mortal:
+    """Samples that are their own number; reading one below ``deadly`` kills the process that does, ``lives`` times."""
+
+    def __init__(self, folder: Path, *, deadly=0, lives=0, slow=0.0):
+        self.folder, self.deadly, self.lives, self.slow = folder, deadly, lives, slow
+
+    def __len__(self):
+        return 40
+
+    def gather(self, index, epoch=None):
+        if int(index.min()) < self.deadly and len(list(self.folder.iterdir())) < self.lives:
+            (self.folder / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.slow)
+        return {"number": index + 100}
+
+
+def numbers(part):
+    return Dataset(part, part, part, Spec((), 1), kind="plain")
+
+
+def loader(workers):
+    stream = Stream(len(DIGITS.train), seed=4, epoch_samples=len(DIGITS.train))
+    augment = Augment(shift=1, flip=True, mixup=0.2)
+    cpu, double = torch.device("cpu"), torch.float64
+    return image_loader(DIGITS, stream=stream, augment=augment, seed=4, device=cpu, dtype=double, workers=workers)
+
+
+@pytest.fixture(scope="module")
+def ahead():
+    made = loader(3)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("foretold", [REQUESTS, REQUESTS[1:], [*REQUESTS, *REQUESTS], []])
+def test_batches_are_those_of_one_process(ahead, foretold):
+    alone = loader(0)
+    for each in (alone, ahead):
+        each.follow(iter(foretold))
+    for positions, window in REQUESTS:
+        known, found = (each.train(positions, window=window) for each in (alone, ahead))
+        assert found.keys() == known.keys() and all(torch.equal(found[name], known[name]) for name in known)
+        # What was not foretold comes between, and disturbs nothing.
+        assert torch.equal(ahead.train(range(5))["image"], alone.train(range(5))["image"])
+    known, found = (list(each.evaluate("test", rank=1, world_size=2, batch=50)) for each in (alone, ahead))
+    assert [batch["index"].tolist() for batch in found] == [batch["index"].tolist() for batch in known]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(found, known, strict=True))
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    reader = Reader(numbers(Mortal(tmp_path, deadly=5, lives=2)), workers=2, pin=False)
+    asked = [reader.start("train", torch.arange(low, low + 8)) for low in (0, 8, 16)]
+    assert [read()["number"].tolist() for read in asked] == [list(range(100 + low, 108 + low)) for low in (0, 8, 16)]
+    assert len(list(tmp_path.iterdir())) == 2
+    reader.close()
+
+
+def test_samples_that_kill_whoever_reads_them_are_named(tmp_path):
+    reader = Reader(numbers(Mortal(tmp_path, deadly=5, lives=100)), workers=1, pin=False)
+    with pytest.raises(DataError, match=r"die over the 6 samples from number 3 on .*data\.workers"):
+        reader.start("train", torch.arange(3, 9))()
+    reader.close()
+
+
+def own_and_wait(folder, pipe):
+    reader = Reader(numbers(Mortal(folder, slow=0.05)), workers=2, pin=False)
+    reader.start("train", torch.arange(8))()
+    pipe.send([process.pid for process in reader._pool._processes.values()])
+    while True:  # still reading when the owner is killed
+        reader.start("train", torch.arange(8))()
+
+
+def test_workers_end_with_their_owner(tmp_path):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    owner = multiprocessing.get_context("forkserver").Process(target=own_and_wait, args=(tmp_path, theirs))
+    owner.start()
+    workers = [psutil.Process(pid) for pid in ours.recv()]
+    for worker in workers:
+        worker.send_signal(signal.SIGUSR1)
+        worker.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert all(worker.is_running() for worker in workers)
+    owner.kill()
+    owner.join()
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert (len(gone), alive) == (2, [])

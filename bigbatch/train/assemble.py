@@ -13,7 +13,7 @@ from torch import Tensor
 from bigbatch.config import RunConfig
 from bigbatch.config.models import Text
 from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Stream, load_data
-from bigbatch.dist import Runtime, Strategy
+from bigbatch.dist import Runtime, Strategy, lost_contact
 from bigbatch.dropout import KeyedDropout, draws_freely
 from bigbatch.keyed import fold
 from bigbatch.norm import BatchStats, convert_norm, zero_init_residual
@@ -137,6 +137,8 @@ def _try(
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if lost_contact(error):
+            raise
         under = f" under parallel.strategy = {config.parallel.strategy}" if runtime.world_size > 1 else ""
         raise ValueError(
             f"{config.task.what}: a training step on two samples{under} fails ({error}); change the "

@@ -34,8 +34,14 @@ def files_size(config: Folder | Shards | Hub) -> int:
             if config.size is not None and not os.path.isdir(os.path.expanduser(config.path)):
                 return config.size
             return len(list_train(config)[0])
-        case Shards() | Hub():
-            raise NotImplementedError
+        case Shards():
+            from .index import shards_size
+
+            return shards_size(config)
+        case Hub():
+            from .hub import hub_size
+
+            return hub_size(config)
 
 
 def list_train(config: Folder) -> tuple[Listing, Listing]:

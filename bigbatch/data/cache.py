@@ -27,9 +27,9 @@ CURL = {6: "there is no such host", 7: "nobody answers", 18: "the transfer broke
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time is in the block, the others wait; one that dies is out of it."""
+    """One process at a time is in the block, the others wait; one that dies is out of it. ``path`` is made for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as file:
+    with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -52,7 +52,7 @@ class Cache:
                 with suppress(FileNotFoundError):
                     os.utime(path)
                     return os.open(path, os.O_RDONLY)
-                with locked(path):
+                with locked(path.with_name(f"{path.name}.lock")):
                     if not path.exists():
                         self._fetch(url, path, size=size, sha256=sha256)
         except OSError as error:

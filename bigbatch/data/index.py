@@ -21,9 +21,9 @@ from bigbatch.config.models import Shards
 
 from .base import extra
 from .cache import Cache, locked, save_rows
+from .listing import EXTENSIONS
 
 INDEX, ROWS, UNFINISHED, FORMAT = "index.json", "index.npy", "unfinished.json", "bigbatch shards 1"
-IMAGES = ("jpg", "jpeg", "png", "webp")
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 """A member's key and extension, as WebDataset parts them: at the first dot."""
 
@@ -167,7 +167,7 @@ def _scanned(shard: Shard, cache: Cache) -> Rows:
         what = f"{os.path.abspath(what)} {stat.st_size} {stat.st_mtime_ns}"
     kept = cache.folder / "scanned" / f"{hashlib.sha256(what.encode()).hexdigest()}.npy"
     if not kept.exists():
-        with locked(kept.parent), os.fdopen(shard.open(cache), "rb") as file:
+        with locked(kept.with_name("lock")), os.fdopen(shard.open(cache), "rb") as file:
             if not kept.exists():
                 save_rows(kept, scan(file, shard.path))
     return np.load(kept, allow_pickle=False)  # type: ignore[no-any-return]
@@ -194,7 +194,7 @@ def scan(file: BinaryIO, name: str) -> Rows:
                 if not match or not member.isreg():
                     continue
                 key, kind = match[1], match[2].lower()
-                if kind in IMAGES:
+                if f".{kind}" in EXTENSIONS:
                     if key in images:
                         twice.add(key)
                     images[key] = member.offset_data, member.size

@@ -50,7 +50,7 @@ def list_train(config: Folder) -> tuple[Listing, Listing]:
     An image validates if the hash of its class and name is below the share: a new image moves no other.
     Raises ValueError for a class without training images, fewer than two classes, and no validation images.
     """
-    whole = _listed(config.path, config.train, "data.train")
+    whole = listed(config.path, config.train, "data.train")
     if isinstance(config.validation, str):
         train, validation = whole, list_other(config, config.validation, key="data.validation", classes=whole.classes)
     else:
@@ -72,7 +72,7 @@ def list_train(config: Folder) -> tuple[Listing, Listing]:
 
 def list_other(config: Folder, name: str, *, key: str, classes: tuple[str, ...]) -> Listing:
     """Images to evaluate on, by the classes of training; ValueError where they are of others."""
-    found = _listed(config.path, name, key)
+    found = listed(config.path, name, key)
     other = sorted(set(found.classes) - set(classes))
     if other:
         raise ValueError(
@@ -84,7 +84,8 @@ def list_other(config: Folder, name: str, *, key: str, classes: tuple[str, ...])
 
 
 @lru_cache(maxsize=4)  # the plan counts them, and the run lists them
-def _listed(path: str, name: str, key: str) -> Listing:
+def listed(path: str, name: str, key: str) -> Listing:
+    """All images of a part, ``name`` in ``path``; ``key`` is for messages. Raises ValueError."""
     root = os.path.join(os.path.expanduser(path), name)
     if not os.path.isdir(root):
         raise ValueError(

@@ -42,10 +42,13 @@ class ShardSource:
             os.close(file)
 
     def name(self, i: int) -> str:
-        """Shard and key. Of a shard that is not open, or has lost the sample, the key is what `bigbatch shard` gave."""
+        """Shard and key. Of a shard that is not here, or has lost the sample, the key is what `bigbatch shard` gave."""
         shard = self._shard(i)
-        file, offset = self._open.get(shard), int(self._rows["offset"][i])
-        header = b"" if file is None else os.pread(file, 100, max(0, offset - 512))
+        try:
+            file = self._open.get(shard, -1) if self.shards[shard].remote else self._file(shard)
+            header = os.pread(file, 100, max(0, int(self._rows["offset"][i]) - 512))
+        except OSError:
+            header = b""
         member = MEMBER.fullmatch(header.rstrip(b"\0").decode(errors="replace"))
         key = member[1] if member else f"{self.shards[shard].first + self._at[i] - self._starts[shard]:08d}"
         return f"{self.shards[shard].path}:{key}"

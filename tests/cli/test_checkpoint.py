@@ -122,6 +122,9 @@ def code_of(card: Path) -> str:
         [],
         ["norm={kind: group, groups: 4}"],
         ["task.model=timm/test_resnet", "duration=2st"],
+        ["data.preprocess={rescale: symmetric, center: all, scale: feature}", "duration=2st"],
+        ["data.preprocess={whiten: zca, keep: 0.9}"],
+        ["data.preprocess={whiten: pca}", "task={model: bigbatch/mlp, options: {}}"],
     ],
 )
 def test_the_code_of_the_card_loads_the_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -36,3 +37,24 @@ class Task(Protocol):
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics from the sums of ``evaluate``, added up over all batches."""
+
+
+class BaseTask(ABC):
+    """A task whose only metric is its mean loss, and whose samples weigh 1; override what is otherwise."""
+
+    sums: tuple[str, ...] = ("loss", "weight")
+    metric_names: tuple[str, ...] = ("loss",)
+    weight_is_count: bool = True
+
+    @abstractmethod
+    def build_model(self) -> nn.Module: ...
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+
+    def evaluate(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss, weight = self.loss(model, batch)
+        return {"loss": loss.double(), "weight": weight.double()}
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["weight"]}

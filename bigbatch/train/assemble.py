@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch.config import RunConfig
-from bigbatch.config.models import Text
+from bigbatch.config.models import CustomTask, Text
 from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Stream, load_data
 from bigbatch.dist import Runtime, Strategy
 from bigbatch.dropout import KeyedDropout, draws_freely
@@ -121,6 +121,13 @@ def _try(
     def warn(code: str, message: str) -> None:
         warnings.append(PlanWarning(code, f"{message}; another layout is another run"))
 
+    def evaluation() -> None:
+        model.eval()
+        with torch.no_grad(), runtime.autocast():
+            sums = task.evaluate(model, next(loader.evaluate("validation", rank=0, world_size=1, batch=2)))
+        task.metrics({name: float(total) for name, total in sums.items()})
+        model.train()
+
     try:
         free = draws_freely(passes, runtime.device)
         if free and config.task.dropout == "torch":
@@ -134,6 +141,8 @@ def _try(
         if runtime.world_size > 1:
             # The second pass is where DistributedDataParallel tells of parameters that the first did not reach.
             _check_reached(strategy, passes)
+        if isinstance(config.task, CustomTask):
+            evaluation()
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -35,21 +35,26 @@ Differences = dict[str, list[tuple[float, str]]]
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes × accumulation; the micro batch is what is left of the global one."""
+    """Processes × accumulation; the micro batch is what is left of the global one. ``workers`` beside each process
+    read the data; None: as many as the recipe says."""
 
     processes: int
     accumulation: int
+    workers: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """``"2x4"``. Raises ConfigError."""
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+        """``"2x4"``, ``"2x4w3"``. Raises ConfigError."""
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:w(\d+))?", text.strip())
         if match is None:
-            raise ConfigError(f"--layouts: {text!r} is no layout; write processes x accumulation, such as 1x1,2x4")
-        return cls(int(match[1]), int(match[2]))
+            raise ConfigError(
+                f"--layouts: {text!r} is no layout; write processes x accumulation, such as 1x1,2x4, and w and the "
+                "number of data workers behind it where that is to differ too, such as 2x4w3"
+            )
+        return cls(int(match[1]), int(match[2]), int(match[3]) if match[3] else None)
 
     def __str__(self) -> str:
-        return f"{self.processes}x{self.accumulation}"
+        return f"{self.processes}x{self.accumulation}" + ("" if self.workers is None else f"w{self.workers}")
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,9 @@ def _job(config: RunConfig, layout: Layout, *, steps: int, dataset_size: int) ->
             f"products divide it, such as {nearest(parts, divisors(config.batch.global_))}x1"
         )
     batch = config.batch.model_copy(update={"micro": config.batch.global_ // parts})
-    config = config.model_copy(update={"batch": batch})
+    workers = config.data.workers if layout.workers is None else layout.workers
+    data = config.data.model_copy(update={"workers": workers})
+    config = config.model_copy(update={"batch": batch, "data": data})
     plan = resolve(config, world_size=layout.processes, dataset_size=dataset_size)
     steps = min(steps, plan.steps)
     start = _start_of_last(plan, steps)

@@ -118,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
         "verify", _verify, "Run the first steps in several layouts, in fp64, and tell whether they are the same run."
     )
     verify.add_argument(
-        "--layouts", default="1x1,1x4,2x2,4x1", help="processes x accumulation, compared with the first (%(default)s)"
+        "--layouts",
+        default="1x1,1x4,2x2,4x1",
+        help="processes x accumulation, with w3 behind it three data workers; compared with the first (%(default)s)",
     )
     verify.add_argument(
         "--steps", type=_positive, default=20, help="steps to take, the last with a short window (%(default)s)"
@@ -255,14 +257,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = load_config(run / "config.yaml", [*args.overrides, *anywhere])
     plan = make_plan(config, world_size=1)
 
-    from bigbatch.train import RunError, evaluate, open_checkpoint, open_newest
+    from bigbatch.data import DataError
+    from bigbatch.train import RunError, evaluate, open_checkpoint, open_newest, unreadable
 
     try:
         saved = open_newest(path / "checkpoints") if is_run else open_checkpoint(path)
         with _assembled(config, plan) as parts:
             _load(parts, saved)
-            metrics = evaluate(parts, args.split)
-    except RunError as error:
+            metrics: dict[str, Any] = evaluate(parts, args.split)
+            if missed := unreadable(parts):
+                metrics["unreadable"] = missed
+    except (RunError, DataError) as error:
         return _say(str(error), FAILED)
     if _rank() == 0:
         print(json.dumps({"checkpoint": str(saved.path), "split": args.split, **metrics}))

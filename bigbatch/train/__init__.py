@@ -2,7 +2,7 @@
 
 from .assemble import assemble
 from .checkpoint import open_checkpoint, open_newest
-from .evaluate import evaluate
+from .evaluate import evaluate, unreadable
 from .guard import check_ranks, fingerprints
 from .loop import train
 from .state import Clock, Parts, Preempted, RunError, StepReport
@@ -22,5 +22,6 @@ __all__ = [
     "open_newest",
     "train",
     "train_step",
+    "unreadable",
     "upcoming",
 ]

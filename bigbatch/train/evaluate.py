@@ -33,3 +33,12 @@ def evaluate(parts: Parts, split: Split) -> dict[str, float]:
     parts.model.train()
     runtime.sum(total)
     return parts.task.metrics(dict(zip(parts.task.sums, total.tolist(), strict=True)))
+
+
+def unreadable(parts: Parts) -> dict[str, str]:
+    """Samples that were passed over since the last call because they cannot be read, by name, and why; equal on every
+    process, whichever met them. A collective."""
+    problems = parts.loader.reader.problems
+    found = parts.runtime.collect(dict(problems))
+    problems.clear()
+    return dict(sorted(pair for each in found for pair in each.items()))

@@ -19,8 +19,8 @@ from bigbatch.signals import StopSignal
 from bigbatch.tracking import Trackers, build_trackers
 
 from .checkpoint import Checkpoints, Saved
-from .diagnose import diagnose
-from .evaluate import evaluate
+from .diagnose import NAMED, diagnose
+from .evaluate import evaluate, unreadable
 from .guard import check_ranks
 from .lease import Lease
 from .resume import find, on_rank_0, restore
@@ -42,6 +42,7 @@ class Session:
     checkpoints: Checkpoints
     trackers: Trackers
     meter: Throughput
+    unreadable: dict[str, str]
 
     def log(self, event: str, **more: Any) -> None:
         where = {"step": self.clock.step, "samples": self.clock.samples}
@@ -103,7 +104,8 @@ def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
     )
     trackers.start(parts.config.model_dump(mode="json", by_alias=True), asdict(parts.plan))
     meter = Throughput(seconds=float(saved.state["seconds"]) if saved else 0.0)
-    session = Session(parts, clock, stop, lease, checkpoints, trackers, meter)
+    missed = dict(saved.state.get("unreadable", {})) if saved else {}
+    session = Session(parts, clock, stop, lease, checkpoints, trackers, meter, missed)
     _announce(session, saved, damage)
     try:
         validation = _steps(session, late=bool(saved and saved.state.get("late")))
@@ -171,6 +173,16 @@ def _validate(session: Session) -> Metrics:
     return metrics
 
 
+def _name_unreadable(session: Session) -> None:
+    """Name, once in a run, what could not be read."""
+    found = unreadable(session.parts)
+    if new := [f"{name} ({reason})" for name, reason in found.items() if name not in session.unreadable]:
+        session.unreadable.update(found)
+        more = f" and {len(new) - NAMED} more" if len(new) > NAMED else ""
+        message = f"passed over: {len(new)} samples that cannot be read: {'; '.join(new[:NAMED])}{more}"
+        session.log("warning", code="unreadable", count=len(new), message=message)
+
+
 def _log_step(session: Session, report: StepReport) -> None:
     parts, more = session.parts, dict[str, Any]()
     if report.skipped:
@@ -218,6 +230,7 @@ def _guard(session: Session, report: StepReport) -> None:
 def _save(session: Session, metrics: Metrics | None, *, late: bool = False) -> None:
     since = time.perf_counter()
     parts, clock = session.parts, session.clock
+    _name_unreadable(session)
     parts.stats.merge(parts.runtime.sum, parts.runtime.rank)
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
@@ -230,6 +243,7 @@ def _save(session: Session, metrics: Metrics | None, *, late: bool = False) -> N
         "seconds": session.meter.seconds,
         "metrics": metrics,
         "late": late,
+        "unreadable": session.unreadable,
         "owner": session.lease.owner,
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
@@ -289,6 +303,9 @@ def _finish(session: Session, validation: Metrics | None) -> dict[str, Any]:
         )
     test = evaluate(parts, "test")
     session.log("eval", split="test", **test)
+    _name_unreadable(session)
+    if session.unreadable:
+        summary["unreadable"] = len(session.unreadable)
     summary["metrics"] = {**test, **{f"validation_{name}": value for name, value in validation.items()}}
     summary["parameters_sha256"] = parameters_sha256(parts)
     # Written last: a run that has a summary is complete.

@@ -43,7 +43,7 @@ def augmentation_seed_per_rank(rank: int, *rest: Any) -> Trace:
 
     def assembled(*args: Any) -> Parts:
         parts = assemble(*args)
-        parts.loader.seed += rank
+        parts.loader.pipeline.seed += rank
         return parts
 
     with patch.object(sys.modules["bigbatch.analysis.replay"], "assemble", assembled):

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from bigbatch.config.models import Augment, Digits, Synthetic
-from images import image_loader
-
 from bigbatch.data import Stream, augment_images, load_data, shares
+from images import image_loader
 
 EVERYTHING = Augment(shift=2, flip=True, erase=0.5)
 CPU = torch.device("cpu")

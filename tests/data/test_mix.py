@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch.config.models import Augment, Digits
-from images import image_loader
-
 from bigbatch.data import Stream, load_data, mix_images, partners
 from bigbatch.keyed import uniform
+from images import image_loader
 from reference.mix import mix_window
 
 KINDS = [{"mixup": 0.3}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 0.7}]

@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from images import image_loader
 
 from bigbatch.config.models import Augment, Digits
-from bigbatch.data import Dataset, DataError, Stream, load_data
+from bigbatch.data import DataError, Dataset, Stream, load_data
 from bigbatch.data.reader import Reader
 from bigbatch.spec import Spec
+from images import image_loader
 
 DIGITS = load_data(Digits(name="digits"), seed=0)
 WINDOW = range(0, 80)

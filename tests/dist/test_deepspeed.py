@@ -198,7 +198,7 @@ class Spoilt(ClassificationTask):
 
 def skipping(rank: int, recipe: dict[str, Any]) -> tuple[End, bool, list[bool]]:
     parts = parts_of(recipe)
-    task = Spoilt(parts.config.task, shape=(1, 8, 8), classes=10)
+    task = Spoilt(parts.config.task, parts.loader.dataset.spec)
     parts = dataclasses.replace(parts, task=task)
     skipped, same = [], True
     for number in range(5):

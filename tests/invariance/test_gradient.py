@@ -74,7 +74,7 @@ class Case:
         plan = dataclasses.replace(plan, samples=self.start + self.size)
         parts = assemble(config, plan, Runtime(precision="fp64"))
         if self.weighted:
-            parts = dataclasses.replace(parts, task=Weighted(config.task, shape=(1, 8, 8), classes=10))
+            parts = dataclasses.replace(parts, task=Weighted(config.task, parts.loader.dataset.spec))
         return parts
 
 

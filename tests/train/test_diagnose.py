@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bigbatch.data import Batch
 from bigbatch.signals import StopSignal
 from bigbatch.train import Parts, RunError, train
 from bigbatch.train.diagnose import diagnose
@@ -15,11 +16,11 @@ from train.assembled import assembled
 def poison(parts: Parts, sample: int, value: float) -> None:
     gather = parts.loader.dataset.train.gather
 
-    def poisoned(index: Tensor) -> tuple[Tensor, Tensor]:
-        image, label = gather(index)
-        image = image.float()
+    def poisoned(index: Tensor, epoch: Tensor | None) -> Batch:
+        batch = gather(index, epoch)
+        image = batch["image"].float()
         image[index == sample] = value
-        return image, label
+        return {**batch, "image": image}
 
     object.__setattr__(parts.loader.dataset.train, "gather", poisoned)
 

@@ -80,7 +80,7 @@ class Weighted(ClassificationTask):
 @pytest.mark.parametrize("micro", [96, 16])
 def test_unequal_weights_are_divided_once_by_their_sum(micro: int) -> None:
     parts = assembled(batch={"global": 96, "micro": micro}, norm=GROUP)
-    parts = replace(parts, task=Weighted(parts.config.task, shape=(1, 8, 8), classes=10))
+    parts = replace(parts, task=Weighted(parts.config.task, parts.loader.dataset.spec))
     batch = parts.loader.train(range(96))
     each = cross_entropy(parts.model(batch["image"]), batch["label"], reduction="none")
     loss = (each * batch["label"]).sum() / batch["label"].sum()

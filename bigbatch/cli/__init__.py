@@ -318,7 +318,7 @@ def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
         raise ConfigError(str(error)) from None
     with runtime:
         try:
-            parts = assemble(config, plan, runtime)
+            parts = assemble(config, plan, runtime, weights="later")
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:

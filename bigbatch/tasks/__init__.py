@@ -6,11 +6,11 @@ from bigbatch.config.models import CausalLM, Classification, CustomTask, MaskedL
 from bigbatch.config.models import Task as TaskConfig
 from bigbatch.spec import Spec
 
-from .base import BaseTask, Task
+from .base import BaseTask, Pretrained, Task
 from .classification import ClassificationTask
 from .resnet_small import ResNetSmall
 
-__all__ = ["BaseTask", "ClassificationTask", "ResNetSmall", "Task", "build_task"]
+__all__ = ["BaseTask", "ClassificationTask", "Pretrained", "ResNetSmall", "Task", "build_task"]
 
 
 def build_task(config: TaskConfig, spec: Spec) -> Task:

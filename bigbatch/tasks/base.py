@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -37,6 +37,14 @@ class Task(Protocol):
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics from the sums of ``evaluate``, added up over all batches."""
+
+
+@runtime_checkable
+class Pretrained(Protocol):
+    """A task whose model's name stands for weights too."""
+
+    def pretrained(self) -> dict[str, Tensor]:
+        """Those weights by the model's names, of a last layer as it was trained. Raises ValueError without them."""
 
 
 class BaseTask(ABC):

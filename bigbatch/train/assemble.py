@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,15 @@ from bigbatch.optim import build_optimizer
 from bigbatch.plan import Plan, PlanWarning
 from bigbatch.tasks import Task, build_task
 
+from .finetune import freeze, start
 from .scale import LossScale
 from .state import Parts
 
 
-def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
-    """Build the parts. The order is law: model → norm conversion → parameter groups and optimiser → wrap
-    (the strategy's business, since sharding replaces the parameters).
+def assemble(config: RunConfig, plan: Plan, runtime: Runtime, *, weights: Literal["start", "later"] = "start") -> Parts:
+    """Build the parts. The order is law: model → norm conversion → frozen parameters → parameter groups and optimiser →
+    wrap (the strategy's business, since sharding replaces the parameters) → the weights to start from; ``later`` where
+    others are loaded, or none but by `start`.
 
     Raises ValueError for what only the data or the model can tell is wrong: a missing file, an unknown model, a group
     rule that matches nothing.
@@ -47,6 +49,7 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
     if config.norm.zero_init_residual:
         zero_init_residual(model)
+    freeze(model, config.task.freeze)
     loader = Loader(
         data,
         stream=Stream(
@@ -59,7 +62,7 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
     dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
     strategy.start()
-    return Parts(
+    parts = Parts(
         config=config,
         plan=plan,
         runtime=runtime,
@@ -73,6 +76,9 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         own_buffers=own_buffers,
         warnings=warnings,
     )
+    if weights == "start":
+        start(parts)
+    return parts
 
 
 def _pipeline(config: RunConfig, data: Dataset, runtime: Runtime) -> Pipeline:

@@ -195,7 +195,10 @@ class Text(_Data):
 
 
 class CustomData(_Images):
-    """Your own: ``target`` is called with ``options`` as keyword arguments and gives a `bigbatch.data.Dataset`."""
+    """Your own: ``target(seed=seed, **options)`` gives a `bigbatch.data.Dataset`, as large for every seed.
+
+    With ``size`` a plan is made without it; else the plan loads it once more.
+    """
 
     name: Literal["custom"]
     target: str = Field(pattern=r"^[\w.]+:\w+$", description="module:Name; runs only with --allow-custom.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .augment import augment_images
-    from .base import Batch, DataError, Dataset, Part, Split
+    from .base import Batch, DataError, Dataset, Part, Split, TensorPart
     from .loader import Loader
     from .mix import mix_images, partners
     from .pipeline import ImagePipeline, Pipeline, PlainPipeline
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "augment": ("augment_images",),
-    "base": ("Batch", "DataError", "Dataset", "Part", "Split"),
+    "base": ("Batch", "DataError", "Dataset", "Part", "Split", "TensorPart"),
     "loader": ("Loader",),
     "mix": ("mix_images", "partners"),
     "pipeline": ("ImagePipeline", "Pipeline", "PlainPipeline"),
@@ -31,7 +31,7 @@ _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
     "Batch", "DataError", "Dataset", "ImagePipeline", "Loader", "MemoryPart", "Moments", "Part", "Pipeline",
-    "PlainPipeline", "Preprocessing", "Split", "Statistics", "Stream", "SyntheticPart", "augment_images",
+    "PlainPipeline", "Preprocessing", "Split", "Statistics", "Stream", "SyntheticPart", "TensorPart", "augment_images",
     "fit_preprocess", "load_data", "mix_images", "order", "partners", "permute", "shares", "size_of", "whitening",
 ]  # fmt: skip
 

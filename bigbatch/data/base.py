@@ -43,6 +43,19 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class TensorPart:
+    """A part that lies in memory: columns by name, of N rows each."""
+
+    columns: Batch
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def gather(self, index: Tensor, epoch: Tensor | None = None) -> Batch:
+        return {name: column.index_select(0, index) for name, column in self.columns.items()}
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Three parts, and what they have in common.
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .base import Batch, DataError, Dataset, Part, Split
     from .loader import Loader
     from .mix import mix_images, partners
-    from .pipeline import ImagePipeline, Pipeline, PlainPipeline
+    from .pipeline import ImagePipeline, Pipeline, PlainPipeline, TextPipeline
     from .sampler import Stream, order, permute, shares
     from .size import size_of
     from .sources import MemoryPart, SyntheticPart, load_data
@@ -20,7 +20,7 @@ _FILES = {
     "base": ("Batch", "DataError", "Dataset", "Part", "Split"),
     "loader": ("Loader",),
     "mix": ("mix_images", "partners"),
-    "pipeline": ("ImagePipeline", "Pipeline", "PlainPipeline"),
+    "pipeline": ("ImagePipeline", "Pipeline", "PlainPipeline", "TextPipeline"),
     "sampler": ("Stream", "order", "permute", "shares"),
     "size": ("size_of",),
     "sources": ("MemoryPart", "SyntheticPart", "load_data"),
@@ -29,8 +29,8 @@ _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
     "Batch", "DataError", "Dataset", "ImagePipeline", "Loader", "MemoryPart", "Part", "Pipeline", "PlainPipeline",
-    "Split", "Stream", "SyntheticPart", "augment_images", "load_data", "mix_images", "order", "partners", "permute",
-    "shares", "size_of",
+    "Split", "Stream", "SyntheticPart", "TextPipeline", "augment_images", "load_data", "mix_images", "order",
+    "partners", "permute", "shares", "size_of",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bigbatch.config import RunConfig
 from bigbatch.config.models import Text
-from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Stream, load_data
+from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Stream, TextPipeline, load_data
 from bigbatch.dist import Runtime, Strategy
 from bigbatch.dropout import KeyedDropout, draws_freely
 from bigbatch.keyed import fold
@@ -78,9 +78,8 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
 def _pipeline(config: RunConfig, data: Dataset, runtime: Runtime) -> Pipeline:
     on: Any = {"seed": config.seed, "device": runtime.device, "dtype": runtime.dtype}
     settings = config.data
-    if data.kind == "text":
-        raise NotImplementedError
-    assert not isinstance(settings, Text)
+    if isinstance(settings, Text):
+        return TextPipeline(mask=settings.mask, spec=data.spec, tokenizer=data.tokenizer, **on)
     if data.kind == "image":
         assert data.mean is not None and data.std is not None
         scale, shift = (

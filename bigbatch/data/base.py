@@ -62,6 +62,8 @@ class Dataset:
     ``kind`` tells what a batch still goes through: images are augmented
     and preprocessed, text is masked, anything else is plain.
     mean, std: of the training part's pixels / 255, float64 (C,), where they are known beforehand.
+    tokenizer: of text, the content of tokenizer.json.
+    digest: changes with the samples, where they are made of something that a recipe only names.
     """
 
     train: Part
@@ -71,6 +73,8 @@ class Dataset:
     kind: Literal["image", "text", "plain"] = "image"
     mean: Tensor | None = None
     std: Tensor | None = None
+    tokenizer: str = ""
+    digest: str = ""
 
     def part(self, split: Split) -> Part:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]

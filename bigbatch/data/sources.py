@@ -91,7 +91,7 @@ def load_data(config: Data, *, seed: int) -> Dataset:
         case Text():
             from .text import load_text
 
-            dataset = load_text(config, seed=seed)
+            dataset = load_text(config)
         case CustomData():
             from .custom import load_custom
 

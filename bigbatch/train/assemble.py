@@ -13,7 +13,17 @@ from torch import Tensor
 
 from bigbatch.config import RunConfig
 from bigbatch.config.models import CustomTask, Preprocess, Text
-from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Preprocessing, Stream, load_data
+from bigbatch.data import (
+    Dataset,
+    ImagePipeline,
+    Loader,
+    Pipeline,
+    PlainPipeline,
+    Preprocessing,
+    Stream,
+    TextPipeline,
+    load_data,
+)
 from bigbatch.data.preprocess import State
 from bigbatch.dist import Runtime, Strategy, lost_contact
 from bigbatch.dropout import KeyedDropout, draws_freely
@@ -117,9 +127,8 @@ def _preprocessing(
 def _pipeline(config: RunConfig, data: Dataset, preprocessing: Preprocessing | None, runtime: Runtime) -> Pipeline:
     on: Any = {"seed": config.seed, "device": runtime.device, "dtype": runtime.dtype}
     settings = config.data
-    if data.kind == "text":
-        raise NotImplementedError
-    assert not isinstance(settings, Text)
+    if isinstance(settings, Text):
+        return TextPipeline(mask=settings.mask, spec=data.spec, tokenizer=data.tokenizer, **on)
     if preprocessing:
         return ImagePipeline(shape=data.spec.shape, augment=settings.augment, preprocess=preprocessing, **on)
     return PlainPipeline(**on)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -123,6 +124,8 @@ class EncodedPart:
     def _read(self, i: int) -> bytes:
         try:
             return self.source.read(i)
+        except DataError:
+            raise
         except OSError as error:
             raise Unreadable(error.strerror or str(error)) from error
         except ValueError as error:
@@ -134,11 +137,19 @@ def load_files(config: Folder | Shards | Hub, *, seed: int) -> Dataset:
 
     Raises ValueError for files, transforms or ``data.shape`` that do not go together; images are not read.
     """
+    sources: Sequence[Source]
     match config:
         case Folder():
-            sources, classes = _folder(config)
-        case Shards() | Hub():
-            raise NotImplementedError
+            sources, names = _folder(config)
+        case Shards():
+            from .shards import load_shards
+
+            sources, names = load_shards(config)
+        case Hub():
+            from .hub import load_hub
+
+            sources, names = load_hub(config)
+    classes = _classes(config, sources, names)
     size = config.shape[1:]
     default: tuple[Transform, ...] = ({"RandomResizedCrop": {"size": size}},)
     steps = default if config.transforms is None else config.transforms
@@ -150,7 +161,25 @@ def load_files(config: Folder | Shards | Hub, *, seed: int) -> Dataset:
         EncodedPart(source, train=train, evaluation=evaluation, unreadable=config.unreadable, seed=seed)
         for source in sources
     )
-    return Dataset(fit, held, last, Spec(config.shape, len(classes), classes))
+    return Dataset(fit, held, last, Spec(config.shape, classes, names))
+
+
+def _classes(config: Folder | Shards | Hub, sources: Sequence[Source], names: tuple[str, ...]) -> int:
+    """How many there are: as many as have names, or as the training labels say."""
+    parts = dict(zip(("train", "validation", "test"), sources, strict=True))
+    for key, source in parts.items():
+        if not len(source):
+            raise ValueError(f"data.{key} = {getattr(config, key)!r}: there are no samples in it")
+    classes = len(names) or int(sources[0].labels.max()) + 1
+    if classes < 2:
+        raise ValueError(f"data.train = {config.train!r}: all is of one class, there is nothing to learn from")
+    for key, source in parts.items():
+        if (largest := int(source.labels.max())) >= classes:
+            raise ValueError(
+                f"data.{key} = {getattr(config, key)!r}: has a sample of class {largest}, and there are {classes} "
+                f"classes, from 0 on{'' if names else ' in training'}; label all parts alike"
+            )
+    return classes
 
 
 def _folder(config: Folder) -> tuple[list[Source], tuple[str, ...]]:

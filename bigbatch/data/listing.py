@@ -34,8 +34,14 @@ def files_size(config: Folder | Shards | Hub) -> int:
             if config.size is not None and not os.path.isdir(os.path.expanduser(config.path)):
                 return config.size
             return len(list_train(config)[0])
-        case Shards() | Hub():
-            raise NotImplementedError
+        case Shards():
+            from .index import shards_size
+
+            return shards_size(config)
+        case Hub():
+            from .hub import hub_size
+
+            return hub_size(config)
 
 
 def list_train(config: Folder) -> tuple[Listing, Listing]:
@@ -44,7 +50,7 @@ def list_train(config: Folder) -> tuple[Listing, Listing]:
     An image validates if the hash of its class and name is below the share: a new image moves no other.
     Raises ValueError for a class without training images, fewer than two classes, and no validation images.
     """
-    whole = train = _listed(config.path, config.train, "data.train")
+    whole = train = listed(config.path, config.train, "data.train")
     if len(whole.classes) < 2:
         found = f"the class folder {whole.classes[0]} alone" if whole.classes else "no class folders"
         raise ValueError(f"data.train = {config.train!r}: {whole.root} has {found}; give it a folder for each class")
@@ -66,7 +72,7 @@ def list_train(config: Folder) -> tuple[Listing, Listing]:
 
 def list_other(config: Folder, name: str, *, key: str, classes: tuple[str, ...]) -> Listing:
     """Images to evaluate on, by the classes of training; ValueError where they are of others."""
-    found = _listed(config.path, name, key)
+    found = listed(config.path, name, key)
     other = sorted(set(found.classes) - set(classes))
     if other:
         raise ValueError(
@@ -78,7 +84,8 @@ def list_other(config: Folder, name: str, *, key: str, classes: tuple[str, ...])
 
 
 @lru_cache(maxsize=4)  # the plan counts them, and the run lists them
-def _listed(path: str, name: str, key: str) -> Listing:
+def listed(path: str, name: str, key: str) -> Listing:
+    """All images of a part, ``name`` in ``path``; ``key`` is for messages. Raises ValueError."""
     root = os.path.join(os.path.expanduser(path), name)
     if not os.path.isdir(root):
         raise ValueError(

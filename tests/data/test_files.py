@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
 
 from bigbatch.config.models import Augment, Folder
 from bigbatch.data import DataError, Loader, Stream, load_data
@@ -46,9 +48,11 @@ def epochs_on(rank, world, root, workers, options):
     windows = [range(at, at + 10) for at in range(0, 2 * size, 10)]
     shares = [(w[len(w) * rank // world : len(w) * (rank + 1) // world], w) for w in windows]
     made.follow(iter(shares))
-    train = [made.train(share, window=window) for share, window in shares]
-    held = list(made.evaluate("validation", rank=rank, world_size=world, batch=4))
-    made.close()
+    try:
+        train = [made.train(share, window=window) for share, window in shares]
+        held = list(made.evaluate("validation", rank=rank, world_size=world, batch=4))
+    finally:
+        made.close()
     return train, held, made.reader.problems
 
 
@@ -59,8 +63,7 @@ def clean(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spoiled(tmp_path_factory):
-    root = spoil(write_folder(tmp_path_factory.mktemp("spoiled")))
-    return spoil(root, split="val") if len(BAD) < 6 else root
+    return spoil(spoil(write_folder(tmp_path_factory.mktemp("spoiled"))), split="val")
 
 
 def joined(pieces, name):
@@ -79,7 +82,7 @@ def test_two_processes_see_what_one_does_and_say_what_they_could_not_read(spoile
         assert torch.equal(joined(ranks[0][1] + ranks[1][1], name), joined(held, name))
     assert ranks[0][2] | ranks[1][2] == problems
     bad = {str(spoiled / part / "cat" / f"{2 * i:02d}.jpg") for i in range(5) for part in ("train", "val")}
-    assert problems.keys() == bad - {str(spoiled / "val" / "cat" / f"{i:02d}.jpg") for i in (6, 8)}
+    assert problems.keys() == bad
 
 
 def test_in_training_the_next_that_can_be_read_takes_its_place(spoiled):
@@ -166,12 +169,10 @@ def test_evaluation_draws_nothing_and_training_does(clean):
 
 
 def test_the_default_transforms_are_those_of_imagenet(clean):
-    from torchvision.transforms import v2
-
     data = dataset(clean, transforms=None)
     assert data.spec.shape == (3, 24, 24) and data.spec.names == ("cat", "dog") and data.spec.classes == 2
     assert data.train.gather(torch.arange(3), torch.zeros(3, dtype=torch.int64))["image"].shape == (3, 3, 24, 24)
-    image = torch.from_numpy(np.array(__import__("PIL.Image").Image.open(clean / "val" / "cat" / "00.jpg")))
+    image = torch.from_numpy(np.array(Image.open(clean / "val" / "cat" / "00.jpg")))
     expected = v2.CenterCrop(24)(v2.Resize([27, 27])(image.permute(2, 0, 1)))
     assert torch.equal(data.validation.gather(torch.tensor([0]))["image"][0], expected)
     assert data.test.source is data.validation.source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -58,3 +59,15 @@ class StopSignal:
                 message = f"{self.asked} was {self._grace:g} s ago (run.grace) and the run has not ended; left {how}"
                 print(f"bigbatch: {message}", file=sys.stderr, flush=True)
                 os._exit(self.code if self.saved else 1)
+
+
+def end_with_owner() -> None:
+    """Have this process end when the one that started it has, however that did."""
+    owner = multiprocessing.parent_process()
+    assert owner is not None
+
+    def watch() -> None:
+        owner.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

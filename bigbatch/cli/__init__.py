@@ -85,7 +85,7 @@ class _Lenient:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import doctor, launch, slurm
+    from . import doctor, launch, shard, slurm
 
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_to(verb)
     doctor.add_to(verb)
     slurm.add_to(verb)
+    shard.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     from .checkpoint import add_checkpoint  # which needs what is above
 

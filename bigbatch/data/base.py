@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from torch import Tensor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bigbatch.spec import Spec
 
-Batch = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch = dict[str, "Tensor"]
 Split = Literal["train", "validation", "test"]
 
 
 class DataError(ValueError):
     """Data that a run needs cannot be read; the message names the file and what to do."""
+
+
+def extra(package: str, name: str) -> Any:
+    """A package that comes with the extra ``name``, imported; ValueError where it is not there."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{package} is needed and missing ({error}): pip install 'bigbatch[{name}]'") from None
 
 
 class Part(Protocol):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +11,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from bigbatch.signals import end_with_owner
 
 from .base import Batch, DataError, Dataset, Part, Split
 
@@ -107,14 +107,7 @@ def _begin(parts: dict[Split, Part]) -> None:
     torch.set_num_threads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
-    threading.Thread(target=_end_with_owner, daemon=True).start()
-
-
-def _end_with_owner() -> None:
-    owner = multiprocessing.parent_process()
-    assert owner is not None
-    owner.join()
-    os._exit(1)
+    end_with_owner()
 
 
 def _work(split: Split, index: Tensor, epoch: Tensor | None) -> Read:

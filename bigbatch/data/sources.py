@@ -98,6 +98,10 @@ def load_data(config: Data, *, seed: int) -> Dataset:
             dataset = load_custom(config, seed=seed)
     size = size_of(config)  # which has its say on data.size
     assert len(dataset.train) == size
+    if isinstance(config, Digits | Idx | Synthetic | CustomData) and (config.transforms or config.eval_transforms):
+        from .transforms import transformed
+
+        return transformed(dataset, train=config.transforms, evaluation=config.eval_transforms, seed=seed)
     return dataset
 
 

@@ -15,7 +15,7 @@ from bigbatch.config import RunConfig
 from bigbatch.config.models import Preprocess, Text
 from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Preprocessing, Stream, load_data
 from bigbatch.data.preprocess import State
-from bigbatch.dist import Runtime, Strategy
+from bigbatch.dist import Runtime, Strategy, lost_contact
 from bigbatch.dropout import KeyedDropout, draws_freely
 from bigbatch.keyed import fold
 from bigbatch.norm import BatchStats, convert_norm, zero_init_residual
@@ -154,6 +154,8 @@ def _try(
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if lost_contact(error):
+            raise
         under = f" under parallel.strategy = {config.parallel.strategy}" if runtime.world_size > 1 else ""
         raise ValueError(
             f"{config.task.what}: a training step on two samples{under} fails ({error}); change the "

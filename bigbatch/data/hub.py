@@ -1,0 +1,136 @@
+"""Datasets of the Hugging Face library: from its hub, saved by it, or in Parquet and Arrow files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigbatch.config.models import Hub
+
+from .base import Split, extra
+from .index import held_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HubSource:
+    """Images of a split, ``table``, by number; ``rows``, int64 (N,), of it; labels int64 (N,)."""
+
+    where: str
+    table: Any
+    rows: NDArray[np.int64]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, i: int) -> str:
+        return f"{self.where}[{self.rows[i]}]"
+
+    def read(self, i: int) -> bytes:
+        (image,) = self.table[int(self.rows[i])].values()
+        if image is None:
+            raise ValueError("there is no image in it")
+        if image["bytes"] is not None:
+            return bytes(image["bytes"])
+        with open(image["path"], "rb") as file:
+            return file.read()
+
+    def take(self, chosen: NDArray[np.bool_]) -> HubSource:
+        import torch
+
+        return replace(self, rows=self.rows[chosen], labels=self.labels[torch.from_numpy(chosen)])
+
+
+def hub_size(config: Hub) -> int:
+    """Training samples; ``data.size`` where nothing is here to count them. Without torch."""
+    try:
+        size = len(_table(config, "train", fetch=config.size is None))
+    except ValueError:
+        if config.size is None:
+            raise
+        return config.size
+    return size - int(held_out(size, config.validation).sum()) if isinstance(config.validation, float) else size
+
+
+def load_hub(config: Hub) -> tuple[list[HubSource], tuple[str, ...]]:
+    """Training, validation and test part, and the names of classes where the dataset has them.
+
+    Raises ValueError for what the library does not find or cannot read, and for columns that are no images or no
+    class numbers.
+    """
+    train, names = _split(config, "train")
+    if isinstance(config.validation, float):
+        held = held_out(len(train), config.validation)
+        parts = [train.take(~held), train.take(held)]
+    else:
+        parts = [train, _alike(config, "validation", names)]
+    return [*parts, parts[1] if config.test is None else _alike(config, "test", names)], names
+
+
+def _alike(config: Hub, key: Split, names: tuple[str, ...]) -> HubSource:
+    source, other = _split(config, key)
+    if other != names:
+        raise ValueError(f"data.{key} = {getattr(config, key)!r}: has other classes than the training split")
+    return source
+
+
+def _split(config: Hub, key: Split) -> tuple[HubSource, tuple[str, ...]]:
+    """All of a split, and the names of its classes."""
+    import torch
+
+    table = _table(config, key)
+    where = f"{config.path}:{getattr(config, key)}"
+    for column in ("image", "label"):
+        if getattr(config, column) not in table.column_names:
+            there = ", ".join(table.column_names)
+            raise ValueError(f"data.{column} = {getattr(config, column)!r}: {where} has no such column; it has {there}")
+    image = extra("datasets", "images").Image(decode=False)
+    try:
+        images = table.select_columns([config.image]).cast_column(config.image, image)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data.image = {config.image!r}: that column of {where} has no images ({error})") from None
+    labels = table.with_format("numpy").select_columns([config.label])[:][config.label]
+    kind = table.features[config.label]
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or (labels < 0).any():
+        raise ValueError(
+            f"data.label = {config.label!r}: that column of {where} is {kind}, and not a class number from 0 on in "
+            "every row; the library's class_encode_column makes numbers of names"
+        )
+    rows = np.arange(len(table))
+    source = HubSource(where, images, rows, torch.from_numpy(labels.astype(np.int64)))
+    return source, tuple(getattr(kind, "names", ()))
+
+
+def _table(config: Hub, key: Split, *, fetch: bool = True) -> Any:
+    """A split as the library has it."""
+    datasets = extra("datasets", "images")
+    datasets.disable_progress_bars()
+    path, split = os.path.expanduser(config.path), getattr(config, key)
+    try:
+        if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(path)
+            return saved[split] if isinstance(saved, dict) else datasets.DatasetDict(train=saved)[split]
+        return datasets.load_dataset(
+            path,
+            config.config,
+            data_files=_files(config),
+            revision=config.revision,
+            split=split,
+            download_config=datasets.DownloadConfig(local_files_only=not fetch),
+        )
+    except Exception as error:  # of many kinds, by version and by what the dataset is made of
+        raise ValueError(f"data.{key} = {split!r} of data.path = {config.path!r}: {error}") from None
+
+
+def _files(config: Hub) -> dict[str, list[str]] | None:
+    if config.files is None:
+        return None
+    named = {part: (files,) if isinstance(files, str) else files for part, files in config.files.items()}
+    return {part: [os.path.expanduser(file) for file in files] for part, files in named.items()}

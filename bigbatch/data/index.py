@@ -1,0 +1,233 @@
+"""Which samples tar shards hold, and where: from the index that `bigbatch shard` wrote beside them, or from the headers
+of their members. Without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from dataclasses import dataclass
+from glob import glob
+from io import BytesIO
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigbatch.config.data import Source
+from bigbatch.config.models import Shards
+
+from .base import extra
+from .cache import Cache, locked, save_rows
+from .listing import EXTENSIONS
+
+INDEX, ROWS, UNFINISHED, FORMAT = "index.json", "index.npy", "unfinished.json", "bigbatch shards 1"
+MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+"""A member's key and extension, as WebDataset parts them: at the first dot."""
+
+Rows = NDArray[np.void]
+ROW = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i4")])
+"""Where in its shard a sample's image begins, its bytes, and its class, or -1 - i for ``FAULTS[i]``."""
+FAULTS = (
+    "there is no image to its label",
+    "there is no label to it, neither .cls nor label in .json",
+    "its label is no class number",
+    "there are several images of this name",
+    "the shard is cut or damaged there",
+)
+NO_IMAGE, NO_LABEL, BAD_LABEL, TWICE, CUT = range(-1, -1 - len(FAULTS), -1)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """``path`` may be a URL. From an index: ``first``, the number of its first sample among all that were written with
+    it, ``size`` in bytes and ``sha256``."""
+
+    path: str
+    first: int = 0
+    size: int | None = None
+    sha256: str | None = None
+
+    @property
+    def remote(self) -> bool:
+        return is_url(self.path)
+
+    def open(self, cache: Cache) -> int:
+        """A descriptor to read from. Raises OSError, or `DataError` for a URL."""
+        if self.remote:
+            return cache.open(self.path, size=self.size, sha256=self.sha256)
+        return os.open(self.path, os.O_RDONLY)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Shards, the samples of each, and the names of their classes where an index has them."""
+
+    shards: tuple[Shard, ...]
+    rows: tuple[Rows, ...]
+    names: tuple[str, ...] = ()
+
+
+def shards_size(config: Shards) -> int:
+    """Training samples; ``data.size`` where nothing is here to count them."""
+    try:
+        train = find(config.train, key="data.train", cache=open_cache(config, fetch=config.size is None))
+    except ValueError:
+        if config.size is None:
+            raise
+        return config.size
+    size = sum(map(len, train.rows))
+    return size - int(held_out(size, config.validation).sum()) if isinstance(config.validation, float) else size
+
+
+def held_out(size: int, share: float) -> NDArray[np.bool_]:
+    """The samples, bool (size,), that validate: those whose word of a fixed stream is below ``share``, so that samples
+    added at the end move none."""
+    words = np.random.Philox(key=0).random_raw(size)
+    return words < np.uint64(share * 2**64)
+
+
+def open_cache(config: Shards, *, fetch: bool = True) -> Cache:
+    return Cache(config.cache, limit=config.cache_bytes, fetch=fetch)
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def find(source: Source, *, key: str, cache: Cache) -> Found:
+    """The shards that a recipe's ``key`` names. Raises ValueError where there are none, where one is no tar file, and
+    where an index is not of these shards."""
+    try:
+        paths = _expand(source)
+        folders = dict.fromkeys(map(os.path.dirname, paths))
+        listed: dict[str, tuple[Shard, Rows]] = {}
+        names: set[tuple[str, ...]] = set()
+        for folder in folders:
+            there, classes = _indexed(folder, cache)
+            listed |= there
+            names.add(classes)
+        found = [listed.get(path) or (Shard(path), _scanned(Shard(path), cache)) for path in paths]
+        if len(names) > 1:
+            raise ValueError("shards of different sets of classes; name those of one set")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key} = {source!r}: {error}") from None
+    shards, rows = zip(*found, strict=True)
+    return Found(shards, rows, names.pop())
+
+
+def _expand(source: Source) -> list[str]:
+    found: list[str] = []
+    for pattern in (source,) if isinstance(source, str) else source:
+        if pattern.startswith("pipe:"):
+            raise ValueError(f"{pattern} is a command, which no recipe runs; give paths or URLs")
+        for path in extra("braceexpand", "images").braceexpand(pattern) if "{" in pattern else (pattern,):
+            paths = [path] if is_url(path) or os.path.exists(path) else sorted(glob(os.path.expanduser(path)))
+            if not paths:
+                raise ValueError(f"there is no file {path}; data.size=N lets a plan be made without it")
+            found += paths
+    if len(set(found)) < len(found):
+        raise ValueError(f"{max(found, key=found.count)} is named twice; name each shard once")
+    return found
+
+
+def _indexed(folder: str, cache: Cache) -> tuple[dict[str, tuple[Shard, Rows]], tuple[str, ...]]:
+    """By path, the shards in a folder that its index has; and the names of classes. Nothing where there is no index."""
+    if os.path.exists(os.path.join(folder, UNFINISHED)):
+        raise ValueError(f"bigbatch shard has not finished {folder}; run it again")
+    try:
+        index = json.loads(_read(os.path.join(folder, INDEX), cache))
+    except (OSError, ValueError):
+        return {}, ()
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        return {}, ()  # another tool's
+    rows = np.load(BytesIO(_read(os.path.join(folder, ROWS), cache)), allow_pickle=False)
+    first, found = 0, {}
+    for entry in index["shards"]:
+        shard = Shard(os.path.join(folder, entry["name"]), first, entry["bytes"], entry["sha256"])
+        found[shard.path] = shard, rows[first : first + entry["samples"]]
+        first += entry["samples"]
+    if (len(rows), rows.dtype) != (first, ROW):
+        raise ValueError(f"{ROWS} and {INDEX} in {folder} do not belong together; get both again")
+    return found, tuple(index["classes"])
+
+
+def _read(path: str, cache: Cache) -> bytes:
+    with os.fdopen(Shard(path).open(cache), "rb") as file:
+        return file.read()
+
+
+def _scanned(shard: Shard, cache: Cache) -> Rows:
+    """What `scan` finds, kept for as long as the file stays as it is."""
+    what = shard.path
+    if not shard.remote:
+        stat = os.stat(what)
+        what = f"{os.path.abspath(what)} {stat.st_size} {stat.st_mtime_ns}"
+    kept = cache.folder / "scanned" / f"{hashlib.sha256(what.encode()).hexdigest()}.npy"
+    if not kept.exists():
+        with locked(kept.with_name("lock")), os.fdopen(shard.open(cache), "rb") as file:
+            if not kept.exists():
+                save_rows(kept, scan(file, shard.path))
+    return np.load(kept, allow_pickle=False)  # type: ignore[no-any-return]
+
+
+def scan(file: BinaryIO, name: str) -> Rows:
+    """The samples of a tar file, in the order of their images; only headers and labels are read.
+
+    A faulty sample has its row too, and so has the last one of a shard that does not end as tar files do. ValueError
+    for what is no tar file.
+    """
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, tuple[int, int]] = {}  # where, and which
+    twice: set[str] = set()
+    key = ""
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+    except tarfile.TarError as error:
+        raise ValueError(f"{name} is no tar file ({error}); compressed ones cannot be read at random") from None
+    with tar:
+        try:
+            for member in tar:
+                match = MEMBER.fullmatch(member.name)
+                if not match or not member.isreg():
+                    continue
+                key, kind = match[1], match[2].lower()
+                if f".{kind}" in EXTENSIONS:
+                    if key in images:
+                        twice.add(key)
+                    images[key] = member.offset_data, member.size
+                elif kind == "cls":
+                    labels[key] = member.offset_data, _number(_body(tar, member))
+                elif kind == "json" and (label := _label(_body(tar, member))) is not None:
+                    labels.setdefault(key, (member.offset_data, label))
+            file.seek(tar.offset)
+            whole = file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
+        except tarfile.TarError:
+            whole = False
+    found = {key: (*place, labels.get(key, (0, NO_LABEL))[1]) for key, place in images.items()}
+    found |= {key: (where, 0, NO_IMAGE) for key, (where, _) in labels.items() if key not in images}
+    for faulty, fault in [*((key, TWICE) for key in twice), *([] if whole else [(key, CUT)])]:
+        found[faulty] = (*found.get(faulty, (0, 0))[:2], fault)
+    return np.array(list(found.values()), dtype=ROW)
+
+
+def _body(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def _number(text: bytes) -> int:
+    return int(text) if text.strip().isdigit() and int(text) < 2**31 else BAD_LABEL
+
+
+def _label(text: bytes) -> int | None:
+    try:
+        content: Any = json.loads(text)
+    except ValueError:
+        return BAD_LABEL
+    if not isinstance(content, dict) or "label" not in content:
+        return None
+    return _number(str(content["label"]).encode())

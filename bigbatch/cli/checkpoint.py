@@ -37,30 +37,17 @@ from safetensors.torch import load_file
 {build}
 model.load_state_dict(load_file("model.safetensors"))
 model.eval()
-{prepare}
+{statistics}
+
+
+def preprocess(images):
+    {preprocess}
+
 
 images = torch.zeros(1, {shape}, dtype=torch.uint8)
 logits = model(preprocess(images))
 ```
 """
-SHORT = """\
-mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))
-
-
-def preprocess(images):
-    return (images / 255 - mean) / std
-"""
-AFFINE = """\
-saved = load_file("preprocess.safetensors")  # float64
-
-
-def preprocess(images):
-    {affine}
-"""
-WHITEN = """\
-rows = (images * saved["scale"] + saved["shift"]).flatten(1)
-    matrix = saved["matrix"]
-    return (rows @ matrix.flatten(1)).view(-1, *matrix.shape[1:]).float()"""
 
 
 def add_checkpoint(verbs: Any) -> None:
@@ -188,6 +175,7 @@ def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
         norm = f"Norm(kind={config.norm.kind!r}, groups={config.norm.groups})"
         build = f"from bigbatch.config.models import Norm\nfrom bigbatch.norm import convert_norm\n{build}\n"
         build += f"convert_norm(model, norm={norm}, micro=1, neighbours=None)"
+    statistics, code = _code(preprocess)
     metrics = {f"validation {metric}": f"{value:.4g}" for metric, value in (state["metrics"] or {}).items()}
     decisions = json.loads((run / "plan.json").read_text(encoding="utf-8"))["decisions"]
     return CARD.format(
@@ -198,22 +186,28 @@ def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
         scores=_table(("metric", "value"), *metrics.items()),
         plan=_table(PLAN, *([each[key] for key in PLAN] for each in decisions)),
         build=build,
-        prepare=_prepare(preprocess),
+        statistics=statistics,
+        preprocess=code,
         shape=", ".join(map(str, shape)),
     )
 
 
-def _prepare(preprocess: State) -> str:
-    """Code that preprocesses as the run did; that of mean and standard deviation needs no file."""
+def _code(preprocess: State) -> tuple[str, str]:
+    """What preprocesses as the run did: where its statistics come from, and the body of a function of the images. Those
+    of whole channels need no file."""
     scale, shift = preprocess["scale"], preprocess["shift"]
-    if "matrix" in preprocess:
-        return AFFINE.format(affine=WHITEN).rstrip()
-    if scale.dim() < 3 or scale.shape[1:].numel() > 1:
-        return AFFINE.format(affine='return (images * saved["scale"] + saved["shift"]).float()').rstrip()
-    mean, std = (
-        [round(value, 12) for value in values.flatten().tolist()] for values in (-shift / scale / 255, 1 / scale / 255)
-    )
-    return SHORT.format(mean=mean, std=std).rstrip()
+    whiten = "matrix" in preprocess
+    if scale.dim() == 3 and scale.shape[1:].numel() == 1 and not whiten:
+        mean, std = ([round(v, 12) for v in t.flatten().tolist()] for t in (-shift / scale / 255, 1 / scale / 255))
+        statistics = f"mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))"
+        return statistics, "return (images / 255 - mean) / std"
+    lines = ['images = images * saved["scale"] + saved["shift"]', "return images.float()"]
+    if whiten:
+        lines[1:1] = [
+            'matrix = saved["matrix"]',
+            "images = (images.flatten(1) @ matrix.flatten(1)).view(-1, *matrix.shape[1:])",
+        ]
+    return 'saved = load_file("preprocess.safetensors")', "\n    ".join(lines)
 
 
 def _table(head: Sequence[str], *rows: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -19,8 +19,10 @@ from bigbatch.plan import Plan
 from bigbatch.signals import StopSignal
 
 if TYPE_CHECKING:
+    from bigbatch.data.preprocess import State
+    from bigbatch.dist import Runtime
     from bigbatch.train import Parts
-    from bigbatch.train.checkpoint import Saved
+    from bigbatch.train.saved import Saved
 
 OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -201,12 +203,12 @@ def _train_until(stop: StopSignal, config: RunConfig) -> int:
 
     from bigbatch.data import DataError
     from bigbatch.dist import lost_contact
-    from bigbatch.train import Preempted, RunError, train
+    from bigbatch.train import Preempted, RunError, preprocess_of_run, train
 
     if _rank() == 0 and config.tracking.console != "none":
         show_plan(plan)
     try:
-        with _assembled(config, plan) as parts:
+        with _assembled(config, plan, lambda runtime: preprocess_of_run(config, runtime)) as parts:
             summary = train(parts, stop)
     except (RunError, DataError) as error:
         return _say(str(error), FAILED)
@@ -245,6 +247,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     for fixed in {text.partition("=")[0] for text in anywhere} & {text.partition("=")[0] for text in args.overrides}:
         raise ConfigError(f"{fixed}: evaluate sets it itself, since each process holds the whole model; leave it out")
+    if any(text.startswith("data.preprocess") for text in args.overrides):
+        raise ConfigError("data.preprocess: evaluate applies what the model was trained with; leave it out")
     config = load_config(run / "config.yaml", [*args.overrides, *anywhere])
     plan = make_plan(config, world_size=1)
 
@@ -253,7 +257,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     try:
         saved = open_newest(path / "checkpoints") if is_run else open_checkpoint(path)
-        with _assembled(config, plan) as parts:
+        with _assembled(config, plan, lambda runtime: saved.preprocess()) as parts:
             _load(parts, saved)
             metrics: dict[str, Any] = evaluate(parts, args.split)
             if missed := unreadable(parts):
@@ -298,8 +302,11 @@ def _load(parts: Parts, saved: Saved) -> None:
 
 
 @contextmanager
-def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
-    """The parts of a run on this process; what the data or the model finds wrong is the user's to mend."""
+def _assembled(
+    config: RunConfig, plan: Plan, preprocess: Callable[[Runtime], State | None] = lambda runtime: None
+) -> Iterator[Parts]:
+    """The parts of a run on this process, preprocessing as before if it was; what the data or the model finds wrong is
+    the user's to mend."""
     from bigbatch.dist import Runtime
     from bigbatch.train import assemble
 
@@ -309,7 +316,7 @@ def _assembled(config: RunConfig, plan: Plan) -> Iterator[Parts]:
         raise ConfigError(str(error)) from None
     with runtime:
         try:
-            parts = assemble(config, plan, runtime)
+            parts = assemble(config, plan, runtime, preprocess=preprocess(runtime))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:

@@ -18,6 +18,8 @@ from bigbatch.config.models import Classification
 
 if TYPE_CHECKING:
     from bigbatch.data import Dataset
+    from bigbatch.data.preprocess import State
+    from bigbatch.train.saved import Saved
 
 PLAN = ("what", "value", "why")
 CARD = """\
@@ -35,11 +37,30 @@ from safetensors.torch import load_file
 {build}
 model.load_state_dict(load_file("model.safetensors"))
 model.eval()
-mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))
+{prepare}
+
 images = torch.zeros(1, {shape}, dtype=torch.uint8)
-logits = model((images / 255 - mean) / std)
+logits = model(preprocess(images))
 ```
 """
+SHORT = """\
+mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))
+
+
+def preprocess(images):
+    return (images / 255 - mean) / std
+"""
+AFFINE = """\
+saved = load_file("preprocess.safetensors")  # float64
+
+
+def preprocess(images):
+    {affine}
+"""
+WHITEN = """\
+rows = (images * saved["scale"] + saved["shift"]).flatten(1)
+    matrix = saved["matrix"]
+    return (rows @ matrix.flatten(1)).view(-1, *matrix.shape[1:]).float()"""
 
 
 def add_checkpoint(verbs: Any) -> None:
@@ -90,14 +111,16 @@ def _export(args: argparse.Namespace) -> int:
 
     from bigbatch.data import load_data
     from bigbatch.train import RunError, open_checkpoint, open_newest
-    from bigbatch.train.checkpoint import MODEL
+    from bigbatch.train.saved import MODEL, PREPROCESS
 
     try:
         saved = open_newest(run / "checkpoints") if run == Path(args.path) else open_checkpoint(Path(args.path))
-        card = _card(config, load_data(config.data, seed=config.seed), run, saved.state)
+        card = _card(config, load_data(config.data, seed=config.seed), run, saved)
         part.mkdir(parents=True)
-        shutil.copyfile(saved.path / MODEL, part / MODEL)
-        replace(saved, path=part).model()  # which holds the copy against the checksum
+        copy = replace(saved, path=part)
+        for name, load in ((MODEL, copy.model), (PREPROCESS, copy.preprocess)):
+            shutil.copyfile(saved.path / name, part / name)
+            load()  # which holds the copy against the checksum
         (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         (part / "README.md").write_text(card, encoding="utf-8")
         part.rename(dest)
@@ -122,7 +145,8 @@ def _run(path: str) -> Path:
 def _rows(run: Path) -> list[dict[str, Any]]:
     """What can be said of each checkpoint of a run, by step."""
     from bigbatch.train import RunError, open_checkpoint
-    from bigbatch.train.checkpoint import Checkpoints, step_of
+    from bigbatch.train.checkpoint import Checkpoints
+    from bigbatch.train.saved import step_of
 
     settings = load_config(run / "config.yaml").checkpoint
     checkpoints = Checkpoints(run / "checkpoints", keep=1, best=settings.best, best_is=settings.best_is)
@@ -146,15 +170,19 @@ def _rows(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _card(config: RunConfig, dataset: Dataset, run: Path, state: dict[str, Any]) -> str:
-    assert isinstance(config.task, Classification) and dataset.mean is not None and dataset.std is not None
+def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
+    from bigbatch.tasks import OWN
+
+    assert isinstance(config.task, Classification)
     name, options, shape = config.task.model, config.task.options, dataset.spec.shape
+    preprocess, state = saved.preprocess(), saved.state
+    gets = shape if "matrix" not in preprocess else tuple(preprocess["matrix"].shape[1:])
     if name.startswith("timm/"):
         arguments = f"{name.removeprefix('timm/')!r}, in_chans={shape[0]}, num_classes={dataset.spec.classes}"
         build = f"import timm\n\nmodel = timm.create_model({arguments}, **{options})"
     else:
-        arguments = f"shape={shape}, classes={dataset.spec.classes}"
-        build = f"from bigbatch.tasks import ResNetSmall\n\nmodel = ResNetSmall({arguments}, **{options})"
+        arguments, own = f"shape={gets}, classes={dataset.spec.classes}", OWN[name].__name__
+        build = f"from bigbatch.tasks import {own}\n\nmodel = {own}({arguments}, **{options})"
     if config.norm.kind != "batch":
         norm = f"Norm(kind={config.norm.kind!r}, groups={config.norm.groups})"
         build = f"from bigbatch.config.models import Norm\nfrom bigbatch.norm import convert_norm\n{build}\n"
@@ -169,10 +197,22 @@ def _card(config: RunConfig, dataset: Dataset, run: Path, state: dict[str, Any])
         scores=_table(("metric", "value"), *metrics.items()),
         plan=_table(PLAN, *([each[key] for key in PLAN] for each in decisions)),
         build=build,
-        mean=dataset.mean.tolist(),
-        std=dataset.std.tolist(),
+        prepare=_prepare(preprocess),
         shape=", ".join(map(str, shape)),
     )
+
+
+def _prepare(preprocess: State) -> str:
+    """Code that preprocesses as the run did; that of mean and standard deviation needs no file."""
+    scale, shift = preprocess["scale"], preprocess["shift"]
+    if "matrix" in preprocess:
+        return AFFINE.format(affine=WHITEN).rstrip()
+    if scale.dim() < 3 or scale.shape[1:].numel() > 1:
+        return AFFINE.format(affine='return (images * saved["scale"] + saved["shift"]).float()').rstrip()
+    mean, std = (
+        [round(value, 12) for value in values.flatten().tolist()] for values in (-shift / scale / 255, 1 / scale / 255)
+    )
+    return SHORT.format(mean=mean, std=std).rstrip()
 
 
 def _table(head: Sequence[str], *rows: Sequence[str]) -> str:

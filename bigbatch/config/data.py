@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .section import Fraction1, Positive, Rate, Section
 
@@ -24,19 +24,46 @@ class Augment(Section):
 
 
 class Preprocess(Section):
-    """What is done to every image, by statistics of the training part alone."""
+    """What is done to every image, by statistics of the training part alone: rescale, centre, scale, whiten."""
 
     rescale: Literal["unit", "symmetric", "minmax"] = Field(
         "unit", description="To [0, 1] or [-1, 1] by what a pixel can be; or to [0, 1] by the training part's extremes."
     )
-    center: Literal["none", "all", "channel", "feature"] = Field("channel", description="Mean subtracted, over what.")
+    center: Literal["none", "all", "channel", "feature"] = Field(
+        "channel", description="Mean subtracted, over what; default with whitening: feature."
+    )
     scale: Literal["none", "all", "channel", "feature"] = Field(
         "channel", description="Standard deviation divided by, over what."
     )
     whiten: Literal["none", "pca", "zca"] = Field("none", description="After that; pca gives vectors, not images.")
     eps: Rate = Field(1e-5, description="Added to the eigenvalues that whitening divides by.")
-    keep: Positive | Share | None = Field(None, description="Components kept, or their share of the variance.")
+    keep: Annotated[int, Field(gt=0, strict=True)] | Share | None = Field(
+        None, description="Components kept by whitening, or their share of the variance; default: all that vary."
+    )
     samples: Positive | Literal["all"] = Field("all", description="Training samples that statistics are taken from.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _center_by_feature(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("whiten", "none") != "none":
+            return {"center": "feature", **values}
+        return values
+
+    @field_validator("whiten")
+    @classmethod
+    def _centred(cls, whiten: str, info: ValidationInfo) -> str:
+        # Else what is left of the mean is divided by the least deviations there are.
+        if whiten != "none" and info.data.get("center", "feature") != "feature":
+            raise ValueError("is for what is centred by feature; set data.preprocess.center=feature or leave it out")
+        return whiten
+
+    @field_validator("eps", "keep")
+    @classmethod
+    def _for_whitening(cls, value: float | None, info: ValidationInfo) -> float | None:
+        assert info.field_name
+        if info.data.get("whiten") == "none" and value != cls.model_fields[info.field_name].default:
+            raise ValueError("is for whitening; set data.preprocess.whiten, or leave it out")
+        return value
 
 
 class _Data(Section):

@@ -32,7 +32,7 @@ class _Task(Section):
 
 class Classification(_Task):
     name: Literal["classification"]
-    model: str = Field(min_length=1, description="`bigbatch/resnet_small` or `timm/NAME`.")
+    model: str = Field(min_length=1, description="`bigbatch/resnet_small`, `bigbatch/mlp` or `timm/NAME`.")
     label_smoothing: Fraction1 = 0.0
     class_weights: tuple[Rate, ...] | None = Field(None, description="A weight for each class; default: 1.")
     channels_last: bool = False

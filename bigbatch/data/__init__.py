@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .loader import Loader
     from .mix import mix_images, partners
     from .pipeline import ImagePipeline, Pipeline, PlainPipeline
+    from .preprocess import Moments, Preprocessing, Statistics, fit_preprocess, whitening
     from .sampler import Stream, order, permute, shares
     from .size import size_of
     from .sources import MemoryPart, SyntheticPart, load_data
@@ -21,6 +22,7 @@ _FILES = {
     "loader": ("Loader",),
     "mix": ("mix_images", "partners"),
     "pipeline": ("ImagePipeline", "Pipeline", "PlainPipeline"),
+    "preprocess": ("Moments", "Preprocessing", "Statistics", "fit_preprocess", "whitening"),
     "sampler": ("Stream", "order", "permute", "shares"),
     "size": ("size_of",),
     "sources": ("MemoryPart", "SyntheticPart", "load_data"),
@@ -28,9 +30,9 @@ _FILES = {
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
-    "Batch", "DataError", "Dataset", "ImagePipeline", "Loader", "MemoryPart", "Part", "Pipeline", "PlainPipeline",
-    "Split", "Stream", "SyntheticPart", "augment_images", "load_data", "mix_images", "order", "partners", "permute",
-    "shares", "size_of",
+    "Batch", "DataError", "Dataset", "ImagePipeline", "Loader", "MemoryPart", "Moments", "Part", "Pipeline",
+    "PlainPipeline", "Preprocessing", "Split", "Statistics", "Stream", "SyntheticPart", "augment_images",
+    "fit_preprocess", "load_data", "mix_images", "order", "partners", "permute", "shares", "size_of", "whitening",
 ]  # fmt: skip
 
 

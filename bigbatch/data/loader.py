@@ -56,17 +56,21 @@ class Loader:
         batch = self._read((positions, window))
         return self.pipeline.train(batch, index=index, epoch=epoch, own=own, partner=partner)
 
-    def evaluate(self, split: Split, *, rank: int, world_size: int, batch: int) -> Iterator[Batch]:
-        """This rank's share of a part as it is, ``batch`` samples at a time: over the ranks every sample once.
+    def evaluate(
+        self, split: Split, *, rank: int, world_size: int, batch: int, chosen: Tensor | None = None
+    ) -> Iterator[Batch]:
+        """This rank's share of a part as it is, ``batch`` samples at a time: over the ranks every sample once, or each
+        of those ``chosen``, int64.
 
         Shares differ by at most one sample, so a rank may have a batch more than another, or none. ``epoch`` is 0.
         Samples that cannot be read are left out, and so is a batch of nothing else.
         """
-        size = len(self.dataset.part(split))
+        size = len(self.dataset.part(split)) if chosen is None else len(chosen)
         start, stop = (size * r // world_size for r in (rank, rank + 1))
         begun: deque[tuple[Tensor, Callable[[], Batch]]] = deque()
         for low in range(start, stop, batch):
             index = torch.arange(low, min(low + batch, stop))
+            index = index if chosen is None else chosen[index]
             begun.append((index, self.reader.start(split, index)))
             if len(begun) > self._ahead:
                 yield from self._evaluated(*begun.popleft())

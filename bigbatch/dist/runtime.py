@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from bigbatch.config import say
 from bigbatch.config.models import Parallel
 
 from .deepspeed import Zero0, Zero12, deepspeed_accelerator, forget_launcher, stage_of
@@ -46,7 +48,8 @@ class Runtime:
         zero = parallel.strategy == "deepspeed" and asked > 1
         if parallel.strategy == "deepspeed":
             forget_launcher()
-        self._accelerator = deepspeed_accelerator(parallel) if zero else _accelerator(parallel)
+        with _meeting(parallel, asked):
+            self._accelerator = deepspeed_accelerator(parallel) if zero else _accelerator(parallel)
         self.precision = precision
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
@@ -148,7 +151,8 @@ class Runtime:
         mine: dist.ProcessGroup | None = None
         for first in range(0, self.world_size, count):
             block = list(range(first, first + count))
-            group = dist.new_group(block)
+            with _meeting(self.parallel, self.world_size):
+                group = dist.new_group(block)
             if self.rank in block:
                 mine = cast(dist.ProcessGroup, group)  # only outsiders of a group get something else
 
@@ -183,6 +187,28 @@ class Runtime:
         # After an error the other processes may be inside a collective, and leaving in order would wait for them.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _meeting(parallel: Parallel, processes: int) -> Iterator[None]:
+    """While gloo connects processes torch's timeout does not always hold: where one dies just then, others would wait
+    for ever. This one ends at twice the timeout."""
+
+    def give_up() -> None:
+        say(
+            f"rank {os.environ.get('RANK', '0')}: {processes} processes have not found each other in twice "
+            f"parallel.timeout = {parallel.timeout:g} s: did one of them die while they met?"
+        )
+        os._exit(1)
+
+    timer = threading.Timer(2 * parallel.timeout, give_up)
+    timer.daemon = True
+    if processes > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def lost_contact(error: Exception) -> bool:

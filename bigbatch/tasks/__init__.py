@@ -7,10 +7,11 @@ from bigbatch.config.models import Task as TaskConfig
 from bigbatch.spec import Spec
 
 from .base import Task
-from .classification import ClassificationTask
+from .classification import OWN, ClassificationTask
+from .mlp import MLP
 from .resnet_small import ResNetSmall
 
-__all__ = ["ClassificationTask", "ResNetSmall", "Task", "build_task"]
+__all__ = ["MLP", "OWN", "ClassificationTask", "ResNetSmall", "Task", "build_task"]
 
 
 def build_task(config: TaskConfig, spec: Spec) -> Task:

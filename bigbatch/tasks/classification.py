@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from bigbatch.config.models import Classification
 from bigbatch.spec import Spec
 
+from .mlp import MLP
 from .resnet_small import ResNetSmall
 
-OWN = "bigbatch/resnet_small"
+OWN: dict[str, type[MLP | ResNetSmall]] = {"bigbatch/mlp": MLP, "bigbatch/resnet_small": ResNetSmall}
 
 
 class ClassificationTask:
@@ -69,20 +70,25 @@ class ClassificationTask:
         name = self.config.model
         if "checkpoint_path" in self.config.options:
             raise ValueError("task.options.checkpoint_path: no weights are loaded, and some timm would run their code")
-        if name == OWN:
+        if len(self.shape) == 1 and name != "bigbatch/mlp":
+            raise ValueError(
+                f"task.model = {name!r}: takes images, and data.preprocess.whiten = pca gives vectors of "
+                f"{self.shape[0]}; use bigbatch/mlp, or zca"
+            )
+        if name in OWN:
             return
         import timm  # slow to import, and not needed by our own model
 
         # a tag after a dot names pretrained weights, which are not loaded
         if not name.startswith("timm/") or "." in name or not timm.is_model(name.removeprefix("timm/")):
-            known = [OWN, *(f"timm/{other}" for other in timm.list_models())]
-            close = ", ".join(get_close_matches(name, known)) or f"{OWN} or timm/NAME"
+            known = [*OWN, *(f"timm/{other}" for other in timm.list_models())]
+            close = ", ".join(get_close_matches(name, known)) or f"{', '.join(OWN)} or timm/NAME"
             raise ValueError(f"task.model = {name!r}: unknown; did you mean {close}? timm.list_models() names the rest")
 
     def _build(self) -> nn.Module:
         name, options = self.config.model, self.config.options
-        if name == OWN:
-            return ResNetSmall(shape=self.shape, classes=self.classes, **options)
+        if name in OWN:
+            return OWN[name](shape=self.shape, classes=self.classes, **options)
         import timm
 
         channels, name = self.shape[0], name.removeprefix("timm/")

@@ -1,10 +1,12 @@
 """Training: assemble the parts, take steps, evaluate, save, go on."""
 
 from .assemble import assemble
-from .checkpoint import open_checkpoint, open_newest
+from .checkpoint import open_newest
 from .evaluate import evaluate, unreadable
 from .guard import check_ranks, fingerprints
 from .loop import train
+from .resume import preprocess_of_run
+from .saved import open_checkpoint
 from .state import Clock, Parts, Preempted, RunError, StepReport
 from .step import train_step, upcoming
 
@@ -20,6 +22,7 @@ __all__ = [
     "fingerprints",
     "open_checkpoint",
     "open_newest",
+    "preprocess_of_run",
     "train",
     "train_step",
     "unreadable",

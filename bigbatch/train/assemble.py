@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch.config import RunConfig
-from bigbatch.config.models import Text
-from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Stream, load_data
-from bigbatch.dist import Runtime, Strategy
+from bigbatch.config.models import Preprocess, Text
+from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Preprocessing, Stream, load_data
+from bigbatch.data.preprocess import State
+from bigbatch.dist import Runtime, Strategy, lost_contact
 from bigbatch.dropout import KeyedDropout, draws_freely
 from bigbatch.keyed import fold
 from bigbatch.norm import BatchStats, convert_norm, zero_init_residual
@@ -23,11 +25,14 @@ from bigbatch.tasks import Task, build_task
 
 from .scale import LossScale
 from .state import Parts
+from .statistics import fit
 
 
-def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
-    """Build the parts. The order is law: model → norm conversion → parameter groups and optimiser → wrap
-    (the strategy's business, since sharding replaces the parameters).
+def assemble(config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: State | None = None) -> Parts:
+    """Build the parts. The order is law: preprocessing, which may change the input's shape → model → norm conversion
+    → parameter groups and optimiser → wrap (the strategy's business, since sharding replaces the parameters).
+
+    ``preprocess``: the statistics that a run was begun with, instead of those of its training part today.
 
     Raises ValueError for what only the data or the model can tell is wrong: a missing file, an unknown model, a group
     rule that matches nothing.
@@ -35,7 +40,18 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     with runtime.first_on_this_machine():
         data = load_data(config.data, seed=config.seed)
     _check_size(data, plan)
-    task = build_task(config.task, data.spec)
+    loader = Loader(
+        data,
+        stream=Stream(
+            plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples, shuffle=config.data.shuffle
+        ),
+        pipeline=PlainPipeline(seed=config.seed, device=runtime.device, dtype=torch.float64),
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
+    preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
+    spec = replace(data.spec, shape=preprocessing.shape(data.spec.shape)) if preprocessing else data.spec
+    task = build_task(config.task, spec)
     if config.checkpoint.best not in task.metric_names:
         raise ValueError(
             f"checkpoint.best = {config.checkpoint.best!r}: no metric of this task; choose one of {task.metric_names}"
@@ -47,15 +63,7 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
     model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
     if config.norm.zero_init_residual:
         zero_init_residual(model)
-    loader = Loader(
-        data,
-        stream=Stream(
-            plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples, shuffle=config.data.shuffle
-        ),
-        pipeline=_pipeline(config, data, runtime),
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-    )
+    loader.pipeline = _pipeline(config, data, preprocessing, runtime)
     strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
     dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
     strategy.start()
@@ -71,27 +79,36 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime) -> Parts:
         scale=LossScale() if config.precision == "fp16" else None,
         dropout=dropout,
         own_buffers=own_buffers,
-        warnings=warnings,
+        preprocessing=preprocessing,
+        warnings=(*told, *warnings),
     )
 
 
-def _pipeline(config: RunConfig, data: Dataset, runtime: Runtime) -> Pipeline:
+def _preprocessing(
+    config: RunConfig, loader: Loader, runtime: Runtime, known: State | None
+) -> tuple[Preprocessing | None, tuple[PlanWarning, ...]]:
+    """Of images: as ``known``, or else by statistics that are taken now, with warnings of them."""
+    data = loader.dataset
+    settings = getattr(config.data, "preprocess", Preprocess())
+    if data.kind != "image":
+        if settings != Preprocess():
+            raise ValueError(f"data.preprocess: is for images, and this data is {data.kind}; leave it out")
+        return None, ()
+    warnings: tuple[PlanWarning, ...] = ()
+    if not known:
+        known, warnings = fit(settings, loader, runtime, seed=config.seed, batch=config.eval.batch)
+    dtype = torch.promote_types(runtime.dtype, torch.float32)
+    return Preprocessing(known, device=runtime.device, dtype=dtype), warnings
+
+
+def _pipeline(config: RunConfig, data: Dataset, preprocessing: Preprocessing | None, runtime: Runtime) -> Pipeline:
     on: Any = {"seed": config.seed, "device": runtime.device, "dtype": runtime.dtype}
     settings = config.data
     if data.kind == "text":
         raise NotImplementedError
     assert not isinstance(settings, Text)
-    if data.kind == "image":
-        assert data.mean is not None and data.std is not None
-        scale, shift = (
-            t.to(runtime.device, torch.promote_types(runtime.dtype, torch.float32))[:, None, None]
-            for t in (1 / (255 * data.std), -data.mean / data.std)
-        )
-
-        def preprocess(image: Tensor) -> Tensor:
-            return image.mul_(scale).add_(shift)
-
-        return ImagePipeline(shape=data.spec.shape, augment=settings.augment, preprocess=preprocess, **on)
+    if preprocessing:
+        return ImagePipeline(shape=data.spec.shape, augment=settings.augment, preprocess=preprocessing, **on)
     return PlainPipeline(**on)
 
 
@@ -137,6 +154,8 @@ def _try(
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if lost_contact(error):
+            raise
         under = f" under parallel.strategy = {config.parallel.strategy}" if runtime.world_size > 1 else ""
         raise ValueError(
             f"{config.task.what}: a training step on two samples{under} fails ({error}); change the "

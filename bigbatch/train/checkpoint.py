@@ -1,75 +1,51 @@
-"""Checkpoints: directories that are whole or not there, and can tell.
+"""When checkpoints are written, which are kept, and which is the newest; what one is, `saved` knows.
 
-``checkpoints/<step>/`` holds ``model.safetensors``, ``optimizer.pt`` (loads with ``weights_only=True``), ``state.json``
-and ``manifest.json``, the SHA-256 of the three. The manifest is a function of the others, and the directory's name one
-of the state, so no byte can change and not be seen. What is being written or deleted has a name that begins with a dot;
+``checkpoints/<step>/`` is whole or not there. What is being written or deleted has a name that begins with a dot;
 ``.<step>.replaced`` stands in for a step that was to be saved again, until it was.
 Which is newest and which is best is read from the directories, never from a pointer.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
-import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .saved import (
+    FILES,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    PREPROCESS,
+    STATE,
+    Damaged,
+    Saved,
+    State,
+    manifest_of,
+    name_of,
+    open_checkpoint,
+    sha256,
+    step_of,
+    sums_of,
+)
 from .state import RunError
 
-State = dict[str, Any]
-MODEL, OPTIMIZER, STATE, MANIFEST = FILES = ("model.safetensors", "optimizer.pt", "state.json", "manifest.json")
 HIDDEN = re.compile(r"\.(\d+)\.(?:(\d+)\.)?(?:\d+\.)?(part|old|replaced)")
 """Names of what is written or deleted: step, owner of a part, a number that makes it unique, kind."""
-DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
-"""Errors of a file that is not what was saved. Any other may be gone the next time."""
-
-
-class Damaged(RunError):
-    """A checkpoint is not what was saved; an older one may be."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint directory that was found whole. ``sums`` are the SHA-256 of its files.
-
-    What is loaded is held against them once more, since it may be on another machine. RunError where it differs or
-    cannot be read.
-    """
-
-    path: Path
-    state: State
-    sums: dict[str, str]
-
-    def model(self) -> State:
-        return self._load(MODEL, load_file)
-
-    def optimizer(self) -> State:
-        """Tensors and plain values only: a file that would run code is not loaded, whatever its checksum."""
-        return self._load(OPTIMIZER, lambda path: torch.load(path, weights_only=True, map_location="cpu"))
-
-    def _load(self, name: str, load: Callable[[Path], State]) -> State:
-        with _reading(self.path):
-            if _sha256(self.path / name) != self.sums[name]:
-                raise Damaged(f"checkpoint {self.path} is damaged: {name} is not what it was when it was verified")
-            return load(self.path / name)
 
 
 class Checkpoints:
@@ -99,16 +75,25 @@ class Checkpoints:
         self._flight: Future[None] | None = None
         self._host: Any = None
 
-    def save(self, step: int, *, model: State, optimizer: State, state: State, since: float | None = None) -> Path:
+    def save(
+        self,
+        step: int,
+        *,
+        model: State,
+        optimizer: State,
+        state: State,
+        preprocess: State | None = None,
+        since: float | None = None,
+    ) -> Path:
         """Begin a save, once the one before has ended; `wait` and ``events`` tell how it went.
 
-        ``state`` must go into JSON; its ``owner``, 0 where there is none, is for `newest`. Training has waited since
-        ``since`` on time.perf_counter, or from now on.
+        ``state`` must go into JSON; its ``owner``, 0 where there is none, is for `newest`. ``preprocess`` are tensors
+        that no step changes. Training has waited since ``since`` on time.perf_counter, or from now on.
         """
         since = time.perf_counter() if since is None else since
         self.wait()
         state = {"owner": 0, "samples": 0, **state, "step": step}
-        target = self.root / _name(step)
+        target = self.root / name_of(step)
         if self._background:
             try:
                 model, optimizer, state = self._host = on_host((model, optimizer, state), self._host)
@@ -118,7 +103,7 @@ class Checkpoints:
                 self._host, self._flight = None, Future()
                 self._flight.set_exception(self._failed(target, state, error))
                 return target
-        self._flight = self._thread.submit(self._write, target, model, optimizer, state, since)
+        self._flight = self._thread.submit(self._write, target, model, optimizer, state, preprocess or {}, since)
         if not self._background:
             self.wait()
         return target
@@ -153,7 +138,7 @@ class Checkpoints:
     def set_aside(self, newest: Saved | None) -> None:
         """Rename whatever `newest` passed over, so that its steps can be saved again and it is not kept for newer."""
         for path in self.paths():
-            plain = self.root / _name(step_of(path))
+            plain = self.root / name_of(step_of(path))
             if newest is None or step_of(path) > newest.state["step"]:
                 aside = plain.with_suffix(".damaged")
                 _remove(aside)
@@ -172,7 +157,7 @@ class Checkpoints:
         for name in sorted(names):  # a dot comes first, so that what replaces counts
             path = self.root / name
             if re.fullmatch(r"\d+|\.\d+\.replaced", name, re.ASCII):
-                plain = self.root / _name(step := step_of(path))
+                plain = self.root / name_of(step := step_of(path))
                 if path in (plain, _hidden(plain, "replaced")):
                     found[step] = path
         return [found[step] for step in sorted(found)]
@@ -183,7 +168,9 @@ class Checkpoints:
         choose = max if self._best_is == "max" else min
         return choose(scores, key=lambda path: scores[path], default=None)
 
-    def _write(self, target: Path, model: State, optimizer: State, state: State, since: float) -> None:
+    def _write(
+        self, target: Path, model: State, optimizer: State, state: State, preprocess: State, since: float
+    ) -> None:
         """Write to a hidden directory, flush every file to the disk, rename; then delete what need not be kept."""
         began, owner = time.perf_counter(), state["owner"]
         part = _hidden(target, f"{owner}.{time.time_ns()}.part")
@@ -194,8 +181,9 @@ class Checkpoints:
             save_file(_apart(model), part / MODEL)
             with (part / OPTIMIZER).open("wb") as file:
                 torch.save(optimizer, file)
+            save_file(preprocess, part / PREPROCESS)
             (part / STATE).write_text(json.dumps(state, indent=2))
-            (part / MANIFEST).write_bytes(_manifest(_sums(part)))
+            (part / MANIFEST).write_bytes(manifest_of(sums_of(part)))
             for path in (*(part / name for name in FILES), part):
                 _flush(path)
             self._check()
@@ -242,25 +230,6 @@ class Checkpoints:
             raise errors[0]
 
 
-def open_checkpoint(path: Path) -> Saved:
-    """Verify all of it. RunError names the directory and what is damaged, missing or not part of a checkpoint; it is
-    `Damaged` unless the cause may pass."""
-    with _reading(path):
-        plain = {entry.name: stat.S_ISREG(entry.lstat().st_mode) for entry in path.iterdir()}
-        found = {name if is_plain else f"{name} (no plain file)" for name, is_plain in plain.items()}
-        if wrong := sorted(found ^ {*FILES}):
-            raise Damaged(f"checkpoint {path} is damaged: missing or out of place: {', '.join(wrong)}")
-        sums, manifest = _sums(path), (path / MANIFEST).read_bytes()
-        if manifest != _manifest(sums):
-            recorded = json.loads(manifest)
-            changed = [name for name in sums if recorded[name] != sums[name]] or [MANIFEST]
-            raise Damaged(f"checkpoint {path} is damaged: {' and '.join(changed)} does not match its checksum")
-        state = json.loads((path / STATE).read_text())
-        if path.name not in (name := _name(state["step"]), f".{name}.replaced"):
-            raise Damaged(f"checkpoint {path} is damaged: it holds step {state['step']}; was it renamed?")
-        return Saved(path, state, sums)
-
-
 def open_newest(root: Path) -> Saved:
     """The newest whole checkpoint under ``root``; damaged ones after it are named on standard error."""
     saved, damage = Checkpoints(root, keep=1, best="", best_is="max").newest()
@@ -302,38 +271,13 @@ def _apart(tensors: State) -> State:
     return apart
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever a checkpoint cannot be read for becomes a RunError that names it."""
-    try:
-        yield
-    except RunError:
-        raise
-    except pickle.UnpicklingError:
-        what = f"{OPTIMIZER} holds something else than tensors and plain values"
-        raise Damaged(f"checkpoint {path}: {what} and was not loaded, since that could run code") from None
-    except Exception as error:  # a damaged file breaks its reader in any way
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in DAMAGE):
-            raise RunError(f"checkpoint {path} cannot be read now: {error!r}; run again") from None
-        raise Damaged(f"checkpoint {path} is damaged: {error!r}") from None
-
-
 def _score(path: Path, metric: str) -> float | None:
     try:
         sums, state = (json.loads((path / name).read_text()) for name in (MANIFEST, STATE))
-        value = state["metrics"][metric] if sums[STATE] == _sha256(path / STATE) else None
+        value = state["metrics"][metric] if sums[STATE] == sha256(path / STATE) else None
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # else nothing is pruned
         return None
     return value if isinstance(value, float) and value == value else None
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint, by the name that `Checkpoints.paths` gives."""
-    return int(path.name.removeprefix(".").removesuffix(".replaced"))
-
-
-def _name(step: int) -> str:
-    return f"{step:08d}"
 
 
 def _hidden(path: Path, kind: str) -> Path:
@@ -356,7 +300,7 @@ def _replace(target: Path, part: Path) -> None:
 
 def _discard(path: Path) -> OSError | None:
     """Delete a checkpoint, which is whole or not there meanwhile, too. The error if it keeps its name."""
-    old = path.with_name(f".{_name(step_of(path))}.{time.time_ns()}.old")
+    old = path.with_name(f".{name_of(step_of(path))}.{time.time_ns()}.old")
     try:
         path.rename(old)
     except OSError as error:
@@ -372,22 +316,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def _sums(path: Path) -> dict[str, str]:
-    return {name: _sha256(path / name) for name in (MODEL, OPTIMIZER, STATE)}
-
-
-def _manifest(sums: dict[str, str]) -> bytes:
-    return json.dumps(sums, indent=2).encode()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -13,17 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors.torch import save
+
 from bigbatch.config import dump_config
 from bigbatch.measure import Throughput
 from bigbatch.signals import StopSignal
 from bigbatch.tracking import Trackers, build_trackers
 
-from .checkpoint import Checkpoints, Saved
+from .checkpoint import Checkpoints
 from .diagnose import NAMED, diagnose
 from .evaluate import evaluate, unreadable
 from .guard import check_ranks
 from .lease import Lease
 from .resume import find, on_rank_0, restore
+from .saved import PREPROCESS, Saved
 from .state import Clock, Parts, Preempted, RunError, StepReport
 from .step import train_step, upcoming
 
@@ -89,6 +92,8 @@ def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
         (run / SUMMARY).unlink(missing_ok=True)
         _write(run / "config.yaml", dump_config(parts.config))
         _write(run / "plan.json", parts.plan.to_json())
+        if parts.preprocessing:
+            _write(run / PREPROCESS, save(parts.preprocessing.state))
         checkpoints.set_aside(saved)
         return None
 
@@ -249,7 +254,10 @@ def _save(session: Session, metrics: Metrics | None, *, late: bool = False) -> N
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
     }
     session.trackers.sync()  # what the checkpoint has taken, the metrics have
-    session.checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state, since=since)
+    preprocess = parts.preprocessing.state if parts.preprocessing else None
+    session.checkpoints.save(
+        clock.step, model=model, optimizer=optimizer, state=state, preprocess=preprocess, since=since
+    )
 
 
 def _log_saves(session: Session) -> None:
@@ -322,11 +330,11 @@ def _write_as_owner(session: Session, name: str, content: dict[str, Any]) -> Non
         raise RunError(f"{path} cannot be written: {error}; the same command goes on") from None
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     """Write a small file that is whole or not there, whenever the process is killed or the disk is full."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

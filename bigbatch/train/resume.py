@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bigbatch.config import ConfigError, RunConfig
+from bigbatch.data.preprocess import State
+from bigbatch.dist import Runtime
 
-from .checkpoint import Checkpoints, Saved
+from .checkpoint import Checkpoints
 from .lease import Lease
+from .saved import Damaged, Saved, peek
 from .state import Clock, Parts, RunError
 
 T = TypeVar("T")
@@ -38,11 +42,30 @@ def find(parts: Parts, checkpoints: Checkpoints, lease: Lease) -> tuple[Saved | 
     return on_rank_0(parts, partial(checkpoints.newest, valid=lease.valid))
 
 
+def preprocess_of_run(config: RunConfig, runtime: Runtime) -> State | None:
+    """What the run in ``run.dir`` preprocesses with, on every process; None where there is none to go on with.
+
+    ConfigError where the directory holds another run. Whether the checkpoint is whole is seen when it is restored.
+    """
+
+    def look() -> State | None:
+        for path in reversed(Checkpoints(Path(config.run.dir) / "checkpoints", keep=1, best="", best_is="max").paths()):
+            with suppress(Damaged):
+                saved = peek(path)
+                _check_same_run(config, saved.state["recipe"], path)
+                return saved.preprocess()
+        return None
+
+    return _on_rank_0(config, runtime, look)
+
+
 def restore(parts: Parts, saved: Saved) -> Clock:
     """Load a checkpoint and return where it was taken. ConfigError where it is of another run."""
     state = saved.state
     _check_same_run(parts.config, state["recipe"], saved.path)
     parts.strategy.load(saved.model(), saved.optimizer())
+    if parts.preprocessing:
+        parts.preprocessing.load(saved.preprocess())
     if parts.scale and state["loss_scale"]:
         parts.scale.__dict__.update(state["loss_scale"])
     return Clock(**{name: state[name] for name in asdict(Clock())})
@@ -53,19 +76,23 @@ def on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
 
     ConfigError for a directory that the user must change, RunError for a disk that may be well the next time.
     """
+    return _on_rank_0(parts.config, parts.runtime, function)
+
+
+def _on_rank_0(config: RunConfig, runtime: Runtime, function: Callable[[], T]) -> T:
     found: Any = None
-    if parts.runtime.rank == 0:
+    if runtime.rank == 0:
         try:
             found = function()
         except RunError as error:
             found = error
         except (OSError, ValueError) as error:
-            where = f"run.dir = {parts.config.run.dir!r}"
+            where = f"run.dir = {config.run.dir!r}"
             if isinstance(error, OSError) and error.errno not in UNFIT:
                 found = RunError(f"{where}: {error}; the same command goes on when the disk works again")
             else:
                 found = ConfigError(f"{where}: cannot be used ({error}); give another directory")
-    found = parts.runtime.agree(found)
+    found = runtime.agree(found)
     if isinstance(found, Exception):
         raise found
     return found  # type: ignore[no-any-return]

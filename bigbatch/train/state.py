@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bigbatch.config import RunConfig
-from bigbatch.data import Loader
+from bigbatch.data import Loader, Preprocessing
 from bigbatch.dist import Runtime, Strategy
 from bigbatch.dropout import KeyedDropout
 from bigbatch.norm import BatchStats
@@ -39,7 +39,8 @@ class Parts:
     """All that a step needs, assembled. ``strategy`` owns model and optimiser; ``model`` is the module itself.
 
     ``dropout`` is None for a model that draws no random numbers, or where torch's own generator is to draw them.
-    ``own_buffers`` are not the same on every process. ``warnings`` are those that only the model could give.
+    ``own_buffers`` are not the same on every process. ``preprocessing`` is that of images. ``warnings`` are
+    those that only the data or the model could give.
     """
 
     config: RunConfig
@@ -53,6 +54,7 @@ class Parts:
     scale: LossScale | None
     dropout: KeyedDropout | None
     own_buffers: frozenset[str]
+    preprocessing: Preprocessing | None
     warnings: tuple[PlanWarning, ...]
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from bigbatch.cli import main
 from bigbatch.config import load_config
-from bigbatch.train.checkpoint import Checkpoints, open_checkpoint
+from bigbatch.train.checkpoint import Checkpoints
+from bigbatch.train.saved import open_checkpoint
 
 RECIPE = """
 duration: 1ep
@@ -121,6 +122,9 @@ def code_of(card: Path) -> str:
         [],
         ["norm={kind: group, groups: 4}"],
         ["task.model=timm/test_resnet", "duration=2st"],
+        ["data.preprocess={rescale: symmetric, center: all, scale: feature}", "duration=2st"],
+        ["data.preprocess={whiten: zca, keep: 0.9}"],
+        ["data.preprocess={whiten: pca}", "task={model: bigbatch/mlp, options: {}}"],
     ],
 )
 def test_the_code_of_the_card_loads_the_model(
@@ -131,7 +135,9 @@ def test_the_code_of_the_card_loads_the_model(
     assert main(["evaluate", str(run), "--split", "test"]) == 0
     accuracy = json.loads(capsys.readouterr().out)["accuracy"]
     assert main(["checkpoint", "export", str(run), str(dest)]) == 0
-    assert sorted(path.name for path in dest.iterdir()) == ["README.md", "config.yaml", "model.safetensors"]
+    assert sorted(path.name for path in dest.iterdir()) == [
+        "README.md", "config.yaml", "model.safetensors", "preprocess.safetensors",
+    ]  # fmt: skip
     assert load_config(dest / "config.yaml") == load_config(run / "config.yaml")
     card = (dest / "README.md").read_text()
     metrics = json.loads(max((run / "checkpoints").iterdir()).joinpath("state.json").read_text())["metrics"]
@@ -146,7 +152,7 @@ def test_the_code_of_the_card_loads_the_model(
     test = load_data(load_config(dest / "config.yaml").data, seed=0).test
     images, labels = test.gather(torch.arange(len(test))).values()
     with torch.no_grad():
-        right = names["model"]((images / 255 - names["mean"]) / names["std"]).argmax(1) == labels
+        right = names["model"](names["preprocess"](images)).argmax(1) == labels
     assert right.double().mean().item() == pytest.approx(accuracy, abs=0.01)
 
 

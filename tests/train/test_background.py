@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from bigbatch.dist.local import PRELOAD
 from bigbatch.signals import StopSignal
 from bigbatch.train import RunError, train
-from bigbatch.train.checkpoint import Checkpoints, on_host, open_checkpoint
+from bigbatch.train.checkpoint import Checkpoints, on_host
+from bigbatch.train.saved import open_checkpoint
 from train.assembled import assembled
 
 checkpoint_module = sys.modules["bigbatch.train.checkpoint"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bigbatch.train import RunError
-from bigbatch.train.checkpoint import Checkpoints, _sha256, open_checkpoint
+from bigbatch.train.checkpoint import Checkpoints
+from bigbatch.train.saved import open_checkpoint, sha256
 
 
 def saved(
@@ -192,9 +193,9 @@ def test_an_error_that_may_pass_is_no_damage(
     def reads(path: Path) -> str:
         if path.parent.name == "00000002":
             raise error
-        return _sha256(path)
+        return sha256(path)
 
-    monkeypatch.setattr("bigbatch.train.checkpoint._sha256", reads)
+    monkeypatch.setattr("bigbatch.train.saved.sha256", reads)
     checkpoints = Checkpoints(tmp_path, keep=2, best="accuracy", best_is="max")
     if passes:
         with pytest.raises(RunError, match=r"00000002 cannot be read now: .*; run again"):

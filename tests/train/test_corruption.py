@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from bigbatch.train import RunError
-from bigbatch.train.checkpoint import FILES, MANIFEST, Checkpoints
+from bigbatch.train.checkpoint import Checkpoints
+from bigbatch.train.saved import FILES, MANIFEST
 
 STEPS = (9, 10, 20)
 CORRUPTIONS = 1000
@@ -23,9 +24,11 @@ Damage = Callable[[random.Random, Path], None]
 def contents(step: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     weights = {"w": torch.randn(3, 5, generator=generator), "b": torch.zeros(4)}
-    state = {0: {"step": torch.tensor(float(step)), "momentum": torch.randn(3, 5, generator=generator)}}
-    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}]}
-    return {"model": weights, "optimizer": optimizer, "state": {"samples": 96 * step, "metrics": {"accuracy": 0.5}}}
+    moments = {0: {"step": torch.tensor(float(step)), "momentum": torch.randn(3, 5, generator=generator)}}
+    optimizer = {"state": moments, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}]}
+    preprocess = {"scale": torch.randn(1, 8, 8, dtype=torch.float64, generator=generator)}
+    state = {"samples": 96 * step, "metrics": {"accuracy": 0.5}}
+    return {"model": weights, "optimizer": optimizer, "state": state, "preprocess": preprocess}
 
 
 def checkpoints(root: Path) -> Checkpoints:

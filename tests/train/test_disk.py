@@ -14,7 +14,8 @@ import torch
 
 from bigbatch.cli import main
 from bigbatch.train import RunError, loop
-from bigbatch.train.checkpoint import FILES, MANIFEST, OPTIMIZER, Checkpoints, _manifest, _sums, open_checkpoint
+from bigbatch.train.checkpoint import Checkpoints
+from bigbatch.train.saved import FILES, MANIFEST, OPTIMIZER, manifest_of, open_checkpoint, sums_of
 from ranks import run_ranks
 from runs.command import events, summary
 
@@ -181,7 +182,7 @@ def test_a_checkpoint_that_would_run_code_runs_none(tmp_path: Path, form: str) -
         torch.save(evil, path / OPTIMIZER)
     else:
         (path / OPTIMIZER).write_bytes(pickle.dumps(evil, protocol=2))
-    (path / MANIFEST).write_bytes(_manifest(_sums(path)))
+    (path / MANIFEST).write_bytes(manifest_of(sums_of(path)))
     found = open_checkpoint(path)  # all checksums are right
     with pytest.raises(RunError, match=r"00000001: optimizer\.pt .* was not loaded, since that could run code"):
         found.optimizer()
@@ -196,6 +197,6 @@ def test_what_is_loaded_is_what_was_verified(tmp_path: Path) -> None:
     found = open_checkpoint(saves.root / "00000001")
     for name in FILES:
         (found.path / name).write_bytes((found.path / name).read_bytes() + b" ")
-    for load in (found.model, found.optimizer):
+    for load in (found.model, found.optimizer, found.preprocess):
         with pytest.raises(RunError, match="damaged"):
             load()

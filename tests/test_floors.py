@@ -19,7 +19,7 @@ FLOORS = (
     {"train"},
     {"measure"},
     {"optim", "clip", "dropout", "norm", "dist", "data", "tasks", "tracking"},
-    {"keyed", "signals", "spec"},
+    {"custom", "keyed", "signals", "spec"},
     {"plan"},
     {"schedules"},
     {"config"},

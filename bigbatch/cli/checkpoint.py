@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbatch import __version__
-from bigbatch.cli import FAILED, OK, _say
+from bigbatch.cli import FAILED, OK, _say, add_allow_custom
 from bigbatch.config import ConfigError, RunConfig, dump_config, load_config
 from bigbatch.config.models import Classification
 
@@ -78,6 +78,7 @@ def add_checkpoint(verbs: Any) -> None:
         action.add_argument("path", help=path)
     actions.choices["ls"].add_argument("--json", action="store_true", help="print the list as JSON")
     actions.choices["export"].add_argument("dest", help="directory that is not there yet")
+    add_allow_custom(actions.choices["export"])
 
 
 def _ls(args: argparse.Namespace) -> int:

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch.config import RunConfig
-from bigbatch.config.models import Preprocess, Text
-from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Preprocessing, Stream, load_data
+from bigbatch.config.models import CustomTask, Preprocess, Text
+from bigbatch.data import (
+    Dataset,
+    ImagePipeline,
+    Loader,
+    Pipeline,
+    PlainPipeline,
+    Preprocessing,
+    Stream,
+    TextPipeline,
+    load_data,
+)
 from bigbatch.data.preprocess import State
 from bigbatch.dist import Runtime, Strategy, lost_contact
 from bigbatch.dropout import KeyedDropout, draws_freely
@@ -23,14 +33,23 @@ from bigbatch.optim import build_optimizer
 from bigbatch.plan import Plan, PlanWarning
 from bigbatch.tasks import Task, build_task
 
+from .finetune import freeze, start
 from .scale import LossScale
 from .state import Parts
 from .statistics import fit
 
 
-def assemble(config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: State | None = None) -> Parts:
-    """Build the parts. The order is law: preprocessing, which may change the input's shape → model → norm conversion
-    → parameter groups and optimiser → wrap (the strategy's business, since sharding replaces the parameters).
+def assemble(
+    config: RunConfig,
+    plan: Plan,
+    runtime: Runtime,
+    *,
+    preprocess: State | None = None,
+    weights: Literal["start", "later"] = "start",
+) -> Parts:
+    """Build the parts. The order is law: preprocessing, which may change the input's shape → model → norm conversion →
+    frozen parameters → parameter groups and optimiser → wrap (the strategy's business, since sharding replaces the
+    parameters) → the weights to start from; ``later`` where others are loaded, or none but by `start`.
 
     ``preprocess``: the statistics that a run was begun with, instead of those of its training part today.
 
@@ -63,11 +82,12 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: Sta
     model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
     if config.norm.zero_init_residual:
         zero_init_residual(model)
+    freeze(model, config.task.freeze)
     loader.pipeline = _pipeline(config, data, preprocessing, runtime)
     strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
     dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
     strategy.start()
-    return Parts(
+    parts = Parts(
         config=config,
         plan=plan,
         runtime=runtime,
@@ -82,6 +102,9 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: Sta
         preprocessing=preprocessing,
         warnings=(*told, *warnings),
     )
+    if weights == "start":
+        start(parts)
+    return parts
 
 
 def _preprocessing(
@@ -104,9 +127,8 @@ def _preprocessing(
 def _pipeline(config: RunConfig, data: Dataset, preprocessing: Preprocessing | None, runtime: Runtime) -> Pipeline:
     on: Any = {"seed": config.seed, "device": runtime.device, "dtype": runtime.dtype}
     settings = config.data
-    if data.kind == "text":
-        raise NotImplementedError
-    assert not isinstance(settings, Text)
+    if isinstance(settings, Text):
+        return TextPipeline(mask=settings.mask, spec=data.spec, tokenizer=data.tokenizer, **on)
     if preprocessing:
         return ImagePipeline(shape=data.spec.shape, augment=settings.augment, preprocess=preprocessing, **on)
     return PlainPipeline(**on)
@@ -138,6 +160,13 @@ def _try(
     def warn(code: str, message: str) -> None:
         warnings.append(PlanWarning(code, f"{message}; another layout is another run"))
 
+    def evaluation() -> None:
+        model.eval()
+        with torch.no_grad(), runtime.autocast():
+            sums = task.evaluate(model, next(loader.evaluate("validation", rank=0, world_size=1, batch=2)))
+        task.metrics({name: float(total) for name, total in sums.items()})
+        model.train()
+
     try:
         free = draws_freely(passes, runtime.device)
         if free and config.task.dropout == "torch":
@@ -151,6 +180,8 @@ def _try(
         if runtime.world_size > 1:
             # The second pass is where DistributedDataParallel tells of parameters that the first did not reach.
             _check_reached(strategy, passes)
+        if isinstance(config.task, CustomTask):
+            evaluation()
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise
     except Exception as error:

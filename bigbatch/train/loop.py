@@ -23,6 +23,7 @@ from bigbatch.tracking import Trackers, build_trackers
 from .checkpoint import Checkpoints
 from .diagnose import NAMED, diagnose
 from .evaluate import evaluate, unreadable
+from .finetune import start
 from .guard import check_ranks
 from .lease import Lease
 from .resume import find, on_rank_0, restore
@@ -78,7 +79,7 @@ def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
         check=lease.check,
     )
     saved, damage = find(parts, checkpoints, lease)
-    clock = restore(parts, saved) if saved else Clock()
+    clock = restore(parts, saved) if saved else start(parts)
     if parts.plan.check_every:
         check_ranks(parts, clock, parts.model.state_dict())
 

@@ -20,7 +20,7 @@ class DataError(ValueError):
 
 
 def extra(package: str, name: str) -> Any:
-    """A package that comes with the extra ``name``, imported; ValueError where it is not there."""
+    """A package that comes with the extra ``name``, or a module of it, imported; ValueError where it is not there."""
     try:
         return import_module(package)
     except ImportError as error:

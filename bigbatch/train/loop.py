@@ -89,6 +89,8 @@ def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
         (run / SUMMARY).unlink(missing_ok=True)
         _write(run / "config.yaml", dump_config(parts.config))
         _write(run / "plan.json", parts.plan.to_json())
+        if tokenizer := parts.loader.dataset.tokenizer:
+            _write(run / "tokenizer.json", tokenizer)
         checkpoints.set_aside(saved)
         return None
 
@@ -247,6 +249,7 @@ def _save(session: Session, metrics: Metrics | None, *, late: bool = False) -> N
         "owner": session.lease.owner,
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
+        "data": parts.loader.dataset.digest,
     }
     session.trackers.sync()  # what the checkpoint has taken, the metrics have
     session.checkpoints.save(clock.step, model=model, optimizer=optimizer, state=state, since=since)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.mask import mask_row
 from scipy import stats
 
 from bigbatch.config.models import Mask
 from bigbatch.data.mask import Vocabulary, mask_tokens
 from bigbatch.keyed import hashed, uniform
 from bigbatch.spec import Spec
+from reference.mask import mask_row
 
 V, SPECIAL = 40, {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"{'##' * (i % 3 == 0)}t{i}" for i in range(5, V))]

@@ -14,7 +14,7 @@ from bigbatch.cli import main
 from bigbatch.config import RunConfig
 from bigbatch.data import size_of
 
-WORDS = "light earth water heaven day night god man".split()
+WORDS = ["light", "earth", "water", "heaven", "day", "night", "god", "man"]
 MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 

@@ -91,10 +91,9 @@ class LanguageTask:
         tokens[1, -1] = 1
         try:
             logits = model(input_ids=tokens).logits
-        except IndexError:
-            raise ValueError(
-                f"does not take rows of data.length = {length} (many have max_position_embeddings)"
-            ) from None
+        except Exception as error:  # each model has its own
+            what = f"does not take rows of data.length = {length} ({error!r}; many have max_position_embeddings)"
+            raise ValueError(what) from error
         if logits.shape != (2, length, self.spec.classes):
             raise ValueError(f"gives {tuple(logits.shape)} for two rows of {length} of {self.spec.classes} tokens")
         if self.config.name == "causal_lm" and not logits[0, :-1].equal(logits[1, :-1]):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bigbatch import __version__
 from bigbatch.cli import FAILED, OK, _say, add_allow_custom
 from bigbatch.config import ConfigError, RunConfig, dump_config, load_config
-from bigbatch.config.models import Classification
+from bigbatch.config.models import CausalLM, Classification, MaskedLM
 
 if TYPE_CHECKING:
     from bigbatch.data import Dataset
@@ -34,6 +34,10 @@ Trained by bigbatch {version}: {steps} steps of the recipe in `config.yaml`.
 ```python
 import torch
 from safetensors.torch import load_file
+{code}
+```
+"""
+IMAGES = """\
 {build}
 model.load_state_dict(load_file("model.safetensors"))
 model.eval()
@@ -45,9 +49,17 @@ def preprocess(images):
 
 
 images = torch.zeros(1, {shape}, dtype=torch.uint8)
-logits = model(preprocess(images))
-```
-"""
+logits = model(preprocess(images))"""
+TEXT = """\
+from tokenizers import Tokenizer
+from transformers import AutoConfig, {model}
+
+model = {model}.from_config(AutoConfig.for_model({kind!r}, **{settings}))
+model.load_state_dict(load_file("model.safetensors"))
+model.eval()
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokens = torch.tensor([[{cls}, *tokenizer.encode("in the beginning", add_special_tokens=False).ids]])
+logits = model(input_ids=tokens).logits"""
 
 
 def add_checkpoint(verbs: Any) -> None:
@@ -103,13 +115,16 @@ def _export(args: argparse.Namespace) -> int:
 
     try:
         saved = open_newest(run / "checkpoints") if run == Path(args.path) else open_checkpoint(Path(args.path))
-        card = _card(config, load_data(config.data, seed=config.seed), run, saved)
+        data = load_data(config.data, seed=config.seed)
+        card = _card(config, data, run, saved)
         part.mkdir(parents=True)
         copy = replace(saved, path=part)
         for name, load in ((MODEL, copy.model), (PREPROCESS, copy.preprocess)):
             shutil.copyfile(saved.path / name, part / name)
             load()  # which holds the copy against the checksum
         (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        if data.tokenizer:
+            (part / "tokenizer.json").write_text(data.tokenizer, encoding="utf-8")
         (part / "README.md").write_text(card, encoding="utf-8")
         part.rename(dest)
     except (RunError, OSError) as error:
@@ -159,11 +174,38 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
+    task, state = config.task, saved.state
+    if isinstance(task, Classification):
+        code = _image_code(config, task, dataset, saved)
+    else:
+        assert isinstance(task, MaskedLM | CausalLM)
+        code = _text_code(task, dataset)
+    metrics = {f"validation {metric}": f"{value:.4g}" for metric, value in (state["metrics"] or {}).items()}
+    decisions = json.loads((run / "plan.json").read_text(encoding="utf-8"))["decisions"]
+    return CARD.format(
+        model=task.model,
+        data=config.data.name,
+        version=__version__,
+        steps=state["step"],
+        scores=_table(("metric", "value"), *metrics.items()),
+        plan=_table(PLAN, *([each[key] for key in PLAN] for each in decisions)),
+        code=code,
+    )
+
+
+def _text_code(task: MaskedLM | CausalLM, dataset: Dataset) -> str:
+    from bigbatch.tasks.language import LanguageTask
+
+    language = LanguageTask(task, dataset.spec)
+    model = "AutoModelForMaskedLM" if task.name == "masked_lm" else "AutoModelForCausalLM"
+    return TEXT.format(model=model, kind=language.kind, settings=language.settings(), cls=dataset.spec.special["cls"])
+
+
+def _image_code(config: RunConfig, task: Classification, dataset: Dataset, saved: Saved) -> str:
     from bigbatch.tasks import OWN
 
-    assert isinstance(config.task, Classification)
-    name, options, shape = config.task.model, config.task.options, dataset.spec.shape
-    preprocess, state = saved.preprocess(), saved.state
+    name, options, shape = task.model, task.options, dataset.spec.shape
+    preprocess = saved.preprocess()
     gets = shape if "matrix" not in preprocess else tuple(preprocess["matrix"].shape[1:])
     if name.startswith("timm/"):
         arguments = f"{name.removeprefix('timm/')!r}, in_chans={shape[0]}, num_classes={dataset.spec.classes}"
@@ -176,20 +218,7 @@ def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
         build = f"from bigbatch.config.models import Norm\nfrom bigbatch.norm import convert_norm\n{build}\n"
         build += f"convert_norm(model, norm={norm}, micro=1, neighbours=None)"
     statistics, code = _code(preprocess)
-    metrics = {f"validation {metric}": f"{value:.4g}" for metric, value in (state["metrics"] or {}).items()}
-    decisions = json.loads((run / "plan.json").read_text(encoding="utf-8"))["decisions"]
-    return CARD.format(
-        model=name,
-        data=config.data.name,
-        version=__version__,
-        steps=state["step"],
-        scores=_table(("metric", "value"), *metrics.items()),
-        plan=_table(PLAN, *([each[key] for key in PLAN] for each in decisions)),
-        build=build,
-        statistics=statistics,
-        preprocess=code,
-        shape=", ".join(map(str, shape)),
-    )
+    return IMAGES.format(build=build, statistics=statistics, preprocess=code, shape=", ".join(map(str, shape)))
 
 
 def _code(preprocess: State) -> tuple[str, str]:

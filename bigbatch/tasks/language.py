@@ -46,14 +46,14 @@ class LanguageTask:
         model of a causal_lm sees the tokens that it is to predict.
         """
         try:
-            from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
         except ImportError as error:
             raise ValueError(f"task.model: transformers is missing ({error}); pip install 'bigbatch[text]'") from None
         masked = self.config.name == "masked_lm"
-        settings = self._settings()
+        kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        settings = self.settings()
         try:
-            kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-            model: nn.Module = kind.from_config(settings)
+            model: nn.Module = kind.from_config(AutoConfig.for_model(self.kind, **settings))
             self._try(model.eval())
         except Exception as error:
             what = error if isinstance(error, ValueError) else repr(error)
@@ -63,14 +63,18 @@ class LanguageTask:
             head.register_forward_pre_hook(self._narrow)
         return model.train()
 
-    def _settings(self) -> Any:
-        """The configuration, from the type's own, the data and the options."""
+    @property
+    def kind(self) -> str:
+        """The model's type, as AutoConfig has it."""
+        return self.config.model.removeprefix(PREFIX)
+
+    def settings(self) -> dict[str, Any]:
+        """What the model's configuration has of the data and of the options. ValueError for what it does not know."""
         from transformers import AutoConfig
 
         config, ids = self.config, self.spec.special
-        name = config.model.removeprefix(PREFIX)
         try:
-            default = AutoConfig.for_model(name)
+            default = AutoConfig.for_model(self.kind)
         except (ValueError, KeyError) as error:
             message = str(error).partition(". Should")[0]
             raise ValueError(
@@ -80,9 +84,9 @@ class LanguageTask:
         given |= {f"{name}_token_id": ids.get(role) for name, role in ROLES.items()}
         for key in config.options:
             if key in given or not hasattr(default, key):
-                why = "follows from the data" if key in given else f"no option of {name}"
+                why = "follows from the data" if key in given else f"no option of {self.kind}"
                 raise ValueError(f"task.options.{key} = {config.options[key]!r}: {why}; remove it")
-        return AutoConfig.for_model(name, **{k: v for k, v in given.items() if hasattr(default, k)}, **config.options)
+        return {key: value for key, value in given.items() if hasattr(default, key)} | config.options
 
     @torch.no_grad()
     def _try(self, model: nn.Module) -> None:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from bigbatch.config.models import Text
 
-from .documents import SPLITS, documents, identity, needs
+from .base import needs
+from .documents import SPLITS, documents, identity
 from .tokenizer import NAMES, make_tokenizer, special_tokens
 
 if TYPE_CHECKING:

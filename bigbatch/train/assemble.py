@@ -49,6 +49,15 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: Sta
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
+    try:
+        return _build(config, plan, runtime, loader, preprocess)
+    except BaseException:
+        loader.close()  # this process could not end before those that read for it
+        raise
+
+
+def _build(config: RunConfig, plan: Plan, runtime: Runtime, loader: Loader, preprocess: State | None) -> Parts:
+    data = loader.dataset
     preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
     spec = replace(data.spec, shape=preprocessing.shape(data.spec.shape)) if preprocessing else data.spec
     task = build_task(config.task, spec)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -57,6 +57,31 @@ def assemble(
     rule that matches nothing.
     """
     loader, preprocessing, told = feed(config, plan, runtime, preprocess=preprocess)
+    with _closing(loader):
+        parts = _build(config, plan, runtime, loader, preprocessing, told)
+        if weights == "start":
+            start(parts)
+    return parts
+
+
+@contextmanager
+def _closing(loader: Loader) -> Iterator[None]:
+    """A process that fails here could not end before those that read for it."""
+    try:
+        yield
+    except BaseException:
+        loader.close()
+        raise
+
+
+def _build(
+    config: RunConfig,
+    plan: Plan,
+    runtime: Runtime,
+    loader: Loader,
+    preprocessing: Preprocessing | None,
+    told: tuple[PlanWarning, ...],
+) -> Parts:
     spec = loader.dataset.spec
     spec = replace(spec, shape=preprocessing.shape(spec.shape)) if preprocessing else spec
     task = build_task(config.task, spec)
@@ -75,7 +100,7 @@ def assemble(
     strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
     dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
     strategy.start()
-    parts = Parts(
+    return Parts(
         config=config,
         plan=plan,
         runtime=runtime,
@@ -90,9 +115,6 @@ def assemble(
         preprocessing=preprocessing,
         warnings=(*told, *warnings),
     )
-    if weights == "start":
-        start(parts)
-    return parts
 
 
 def feed(
@@ -111,8 +133,9 @@ def feed(
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
-    preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
-    loader.pipeline = _pipeline(config, data, preprocessing, runtime)
+    with _closing(loader):
+        preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
+        loader.pipeline = _pipeline(config, data, preprocessing, runtime)
     return loader, preprocessing, told
 
 

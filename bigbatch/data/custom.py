@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.config.models import Augment, CustomData, Preprocess
+from bigbatch.config.models import Augment, CustomData
 from bigbatch.custom import load_target, told
 
 from .base import Batch, DataError, Dataset, Part, Split
@@ -100,7 +100,7 @@ def _some(index: Tensor) -> str:
 
 
 def _check_plain(config: CustomData, where: str) -> None:
-    unused = {"augment": Augment(), "preprocess": Preprocess(), "transforms": (), "eval_transforms": ()}
+    unused = {"augment": Augment(), "transforms": (), "eval_transforms": ()}
     for key, default in unused.items():
         if getattr(config, key) != default:
             raise ValueError(f"data.{key}: is for images, and {where} gives samples of kind plain; remove it")

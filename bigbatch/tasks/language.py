@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,15 +46,9 @@ class LanguageTask:
         Raises ValueError if the type or an option is unknown, if they do not go together or with the data, or if the
         model of a causal_lm sees the tokens that it is to predict.
         """
+        masked, kind, settings = self.config.name == "masked_lm", self._kind(), self._settings()
         try:
-            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-        except ImportError as error:
-            raise ValueError(f"task.model: transformers is missing ({error}); pip install 'bigbatch[text]'") from None
-        masked = self.config.name == "masked_lm"
-        kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        settings = self.settings()
-        try:
-            model: nn.Module = kind.from_config(AutoConfig.for_model(self.kind, **settings))
+            model: nn.Module = kind.from_config(settings)
             self._try(model.eval())
         except Exception as error:
             what = error if isinstance(error, ValueError) else repr(error)
@@ -63,30 +58,52 @@ class LanguageTask:
             head.register_forward_pre_hook(self._narrow)
         return model.train()
 
-    @property
-    def kind(self) -> str:
-        """The model's type, as AutoConfig has it."""
-        return self.config.model.removeprefix(PREFIX)
+    def pretrained(self) -> dict[str, Tensor]:
+        """Those of a name on the hub or of a folder, as safetensors; what they lack is left out."""
+        what = f"task.weights = pretrained: {self.config.model}"
+        try:
+            model, found = self._kind().from_pretrained(
+                self.config.model.removeprefix(PREFIX),
+                config=self._settings(),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as error:  # of the network, of files, of another vocabulary
+            raise ValueError(
+                f"{what} cannot be had for this vocabulary of {self.spec.classes} ({error}); set data.tokenizer.path "
+                "to the model's own, and see that it has safetensors"
+            ) from error
+        return {name: tensor for name, tensor in model.state_dict().items() if name not in found["missing_keys"]}
 
-    def settings(self) -> dict[str, Any]:
-        """What the model's configuration has of the data and of the options. ValueError for what it does not know."""
+    def _kind(self) -> Any:
+        try:
+            from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        except ImportError as error:
+            raise ValueError(f"task.model: transformers is missing ({error}); pip install 'bigbatch[text]'") from None
+        return AutoModelForMaskedLM if self.config.name == "masked_lm" else AutoModelForCausalLM
+
+    def _settings(self) -> Any:
+        """The configuration, from the type's own or that of pretrained weights, the data and the options."""
         from transformers import AutoConfig
 
-        config, ids = self.config, self.spec.special
+        config, ids, make = self.config, self.spec.special, AutoConfig.for_model
+        name, form = config.model.removeprefix(PREFIX), f"{PREFIX}TYPE, such as {PREFIX}bert"
+        if config.weights == "pretrained":
+            make = partial(AutoConfig.from_pretrained, trust_remote_code=False)
+            form = f"{PREFIX}NAME of the hub, or a folder's"
         try:
-            default = AutoConfig.for_model(self.kind)
-        except (ValueError, KeyError) as error:
+            default = make(name)
+        except (OSError, ValueError, KeyError) as error:
             message = str(error).partition(". Should")[0]
-            raise ValueError(
-                f"task.model = {config.model!r}: unknown ({message}); write {PREFIX}TYPE, such as {PREFIX}bert"
-            ) from None
+            raise ValueError(f"task.model = {config.model!r}: unknown ({message}); write {form}") from None
         given: dict[str, Any] = {"vocab_size": self.spec.classes, "use_cache": False}
         given |= {f"{name}_token_id": ids.get(role) for name, role in ROLES.items()}
         for key in config.options:
             if key in given or not hasattr(default, key):
-                why = "follows from the data" if key in given else f"no option of {self.kind}"
+                why = "follows from the data" if key in given else f"no option of {name}"
                 raise ValueError(f"task.options.{key} = {config.options[key]!r}: {why}; remove it")
-        return {key: value for key, value in given.items() if hasattr(default, key)} | config.options
+        return make(name, **{k: v for k, v in given.items() if hasattr(default, k)}, **config.options)
 
     @torch.no_grad()
     def _try(self, model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bigbatch.config.models import CausalLM, MaskedLM
 from bigbatch.dropout import KeyedDropout, draws_freely
 from bigbatch.spec import Spec
 from bigbatch.tasks import build_task
+from bigbatch.train.finetune import fitted
 
 V, L = 23, 8
 SPEC = Spec((L,), V, special={"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4})
@@ -167,3 +169,31 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"transformers is missing .*pip install 'bigbatch\[text\]'"):
         masked().build_model()
+
+
+def test_pretrained_weights_of_a_folder(tmp_path):
+    model = masked().build_model()
+    model.save_pretrained(tmp_path)
+    settings = {"name": "masked_lm", "model": f"transformers/{tmp_path}", "weights": "pretrained"}
+    task = build_task(MaskedLM(**settings), SPEC)
+    weights = task.pretrained()
+    taken = fitted(task.build_model(), weights, head="keep", norm="batch")
+    assert taken.keys() == weights.keys()
+    assert all(tensor.equal(model.state_dict()[name]) for name, tensor in taken.items())
+    with pytest.raises(ValueError, match=r"vocabulary of 24 .*; set data.tokenizer.path to the model's own"):
+        build_task(MaskedLM(**settings), replace(SPEC, classes=24)).pretrained()
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"(?s)cannot be had .* safetensors"):
+        task.pretrained()
+    with pytest.raises(ValueError, match=r"(?s)nowhere.*: unknown .*/NAME of the hub, or a folder's"):
+        build_task(MaskedLM(**settings | {"model": "transformers/nowhere"}), SPEC).build_model()
+
+
+def test_what_weights_lack_is_not_made_up(tmp_path):
+    model = masked().build_model()
+    model.bert.save_pretrained(tmp_path)
+    settings = {"name": "masked_lm", "model": f"transformers/{tmp_path}", "weights": "pretrained"}
+    task = build_task(MaskedLM(**settings), SPEC)
+    with pytest.raises(ValueError, match=r"they lack cls\.predictions"):
+        fitted(task.build_model(), task.pretrained(), head="keep", norm="batch")

@@ -23,6 +23,7 @@ from bigbatch.spec import Spec
 from bigbatch.train import statistics
 from ranks import run_ranks
 from runs.command import events, summary
+from train.assembled import assembled
 
 WHITEN = Preprocess(whiten="zca", eps=0, keep=0.95)
 SHAPE = (1, 4, 4)
@@ -192,3 +193,12 @@ def test_features_that_do_not_vary_are_counted_and_vectors_need_their_model(
     pca = ["data.preprocess={whiten: pca, keep: 12}", "task.model=bigbatch/resnet_small", "task.options={}"]
     assert main(["train", str(recipe), f"run.dir={tmp_path / 'other'}", *pca]) == 2
     assert "whiten = pca gives vectors of 12; use bigbatch/mlp" in capsys.readouterr().err
+
+
+def test_processes_that_read_end_where_nothing_can_be_assembled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would keep this process from its end, and with it the launcher."""
+    closed = []
+    monkeypatch.setattr(Loader, "close", lambda loader: closed.append(loader))
+    with pytest.raises(ValueError, match=r"task\.model = 'timm/none'"):
+        assembled(task={"model": "timm/none"})
+    assert len(closed) == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from bigbatch.config import ConfigError, RunConfig, load_config, redact
+from bigbatch.custom import ALLOW
 from bigbatch.plan import Plan
 from bigbatch.signals import StopSignal
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             join_step()
             _check_launch()
+        if getattr(args, "allow_custom", False):
+            os.environ[ALLOW] = "1"
         return int(args.verb(args))
     except ConfigError as error:
         return _say(_brief(redact(str(error))), USAGE)
@@ -85,7 +88,7 @@ class _Lenient:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import doctor, launch, shard, slurm
+    from . import data, doctor, launch, shard, slurm
 
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -98,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "overrides", nargs="*", metavar="key.path=value", help="settings that override the recipe's"
             )
+            add_allow_custom(sub)
         return sub
 
     verb("train", _train, "Train a recipe, alone or under torchrun, accelerate launch or srun; run it again to go on.")
@@ -110,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("path", help="run directory or checkpoint directory")
     evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that override the run's")
+    add_allow_custom(evaluate)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="validation")
     verify = verb(
         "verify", _verify, "Run the first steps in several layouts, in fp64, and tell whether they are the same run."
@@ -127,11 +132,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_to(verb)
     slurm.add_to(verb)
     shard.add_to(verb)
+    data.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     from .checkpoint import add_checkpoint  # which needs what is above
 
     add_checkpoint(verbs)
     return parser
+
+
+def add_allow_custom(parser: argparse.ArgumentParser) -> None:
+    """Of a verb that may run what the recipe names as module:Name."""
+    parser.add_argument("--allow-custom", action="store_true", help=f"run the recipe's own code (or set {ALLOW}=1)")
 
 
 def _positive(text: str) -> int:
@@ -316,7 +327,7 @@ def _assembled(
         raise ConfigError(str(error)) from None
     with runtime:
         try:
-            parts = assemble(config, plan, runtime, preprocess=preprocess(runtime))
+            parts = assemble(config, plan, runtime, preprocess=preprocess(runtime), weights="later")
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bigbatch.cli import FAILED, OK, _positive, make_plan
 from bigbatch.config import ConfigError, load_config
+from bigbatch.custom import allowed, check_allowed
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
 
@@ -71,8 +72,10 @@ def run(args: argparse.Namespace) -> int:
         options[name] = value
     if args.submit and not shutil.which("sbatch"):
         raise ConfigError("--submit: there is no sbatch here; write the script with -o and submit it on the cluster")
-    make_plan(load_config(args.config, args.overrides), world_size=args.nodes * (args.gpus_per_node or 1))
-    text = batch_script([args.config, *args.overrides], options)
+    config = load_config(args.config, args.overrides)
+    check_allowed(config)
+    make_plan(config, world_size=args.nodes * (args.gpus_per_node or 1))
+    text = batch_script([args.config, *args.overrides, *["--allow-custom"] * allowed()], options)
     if args.output:
         try:
             Path(args.output).write_text(text, encoding="utf-8")

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from .section import Fraction1, Positive, Rate, Section
+from .section import Positive, Rate, Section
 
 Transform = str | dict[str, dict[str, Any]]
 Source = Annotated[tuple[str, ...], Field(min_length=1)] | str
 Share = Annotated[float, Field(gt=0, lt=1)]
+Share01 = Annotated[float, Field(ge=0, le=1)]
 
 
 class Augment(Section):
@@ -170,30 +171,51 @@ class Hub(_Files):
 
 class Tokenizer(Section):
     path: str | None = Field(None, description="tokenizer.json, or a folder that has one; default: train one.")
-    kind: Literal["wordpiece", "bpe"] = "wordpiece"
-    vocabulary: Positive = 8192
-    lowercase: bool = True
+    kind: Literal["wordpiece", "bpe"] = Field("wordpiece", description="To train: as BERT's, or as GPT-2's.")
+    vocabulary: Annotated[int, Field(ge=8, le=2**20)] = 8192
+    lowercase: bool = Field(True, description="Also take accents off letters (wordpiece).")
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Tokenizer:
+        given = [name for name in ("kind", "vocabulary", "lowercase") if getattr(self, name) != _default(self, name)]
+        if self.path is not None and given:
+            raise ValueError(f"{given[0]}: the tokenizer in {self.path} has its own; leave out one of the two")
+        return self
+
+
+def _default(section: Section, name: str) -> Any:
+    return type(section).model_fields[name].default
 
 
 class Mask(Section):
     """Masked language modelling (Devlin et al. 2018, arXiv:1810.04805)."""
 
-    probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    replace: Fraction1 = Field(0.8, description="Of those chosen, the share that becomes [MASK].")
-    random: Fraction1 = Field(0.1, description="And the share that becomes a random token; the rest stays.")
-    whole_word: bool = False
+    probability: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="Share of a row's tokens to predict.")
+    replace: Share01 = Field(0.8, description="Of those, the share that becomes [MASK].")
+    random: Share01 = Field(0.1, description="And the share that becomes a random token; the rest stays.")
+    whole_word: bool = Field(False, description="Choose words, with all their tokens.")
+
+    @model_validator(mode="after")
+    def _no_more_than_all(self) -> Mask:
+        if self.replace + self.random > 1:
+            raise ValueError(f"replace + random = {self.replace + self.random:g}: more than all; lower one of them")
+        return self
 
 
 class Text(_Data):
-    """Lines or documents of text, as rows of tokens."""
+    """Documents of text, as rows of tokens.
+
+    Names that end in .jsonl, .parquet and .arrow are tables of documents; all others are plain text, in UTF-8.
+    """
 
     name: Literal["text"]
-    train: Source | None = Field(None, description="Paths and globs of text files, or .jsonl files.")
-    validation: Share | Source = Field(0.05, description="Files, or a share of the training documents.")
-    test: Share | Source = Field(0.05, description="Files, or a share of the training documents.")
-    hub: str | None = Field(None, description="Instead of files: a dataset of the Hugging Face library.")
-    hub_config: str | None = None
-    field: str = Field("text", description="Column of a dataset, key of a .jsonl file.")
+    train: Source | None = Field(None, description="Paths and globs; of a hub's dataset, its splits (default: train).")
+    validation: Share | Source = Field(0.05, description="The same, or a share of the training documents.")
+    test: Share | Source = Field(0.05, description="The same, or a share of the training documents.")
+    hub: str | None = Field(None, description="Instead of files: a dataset's name on the hub, or its folder.")
+    hub_config: str | None = Field(None, description="Configuration of a dataset that has several.")
+    hub_revision: str | None = Field(None, description="Which state of it: a commit, or a tag.")
+    field: str = Field("text", description="Column of a table that has the text.")
     document: Literal["line", "paragraph", "file"] = Field("line", description="What a text file is cut into.")
     tokenizer: Tokenizer = Field(default_factory=lambda: Tokenizer())
     length: Annotated[int, Field(ge=8, le=65536)] = Field(128, description="Tokens of a row.")
@@ -201,9 +223,21 @@ class Text(_Data):
     mask: Mask | None = Field(default_factory=lambda: Mask(), description="null for causal language modelling.")
     cache: str = Field("~/.cache/bigbatch", description="Folder that tokenised text is kept in.")
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Text:
+        if (self.train or self.hub) is None:
+            raise ValueError("train: give paths of text files, or data.hub")
+        shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
+        if sum(shares) >= 1:
+            raise ValueError(f"validation + test = {sum(shares):g}: leave nothing to train on; lower them")
+        return self
+
 
 class CustomData(_Images):
-    """Your own: ``target`` is called with ``options`` as keyword arguments and gives a `bigbatch.data.Dataset`."""
+    """Your own: ``target(seed=seed, **options)`` gives a `bigbatch.data.Dataset`, as large for every seed.
+
+    With ``size`` a plan is made without it; else the plan loads it once more.
+    """
 
     name: Literal["custom"]
     target: str = Field(pattern=r"^[\w.]+:\w+$", description="module:Name; runs only with --allow-custom.")

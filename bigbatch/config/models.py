@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .data import (
     Augment,
@@ -186,3 +186,14 @@ class RunConfig(Section):
     parallel: Parallel = Parallel()
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     debug: bool = False
+
+    @model_validator(mode="after")
+    def _task_fits_text(self) -> RunConfig:
+        if isinstance(self.data, Text) and not isinstance(self.task, CustomTask):
+            fits = "causal_lm" if self.data.mask is None else "masked_lm"
+            if self.task.name != fits:
+                mask = "data.mask=null" if self.data.mask is None else "data.mask"
+                raise ValueError(
+                    f"task.name = {self.task.name!r}: text with {mask} is for {fits}; change one of the two"
+                )
+        return self

@@ -53,7 +53,7 @@ class CausalLM(_Language):
 
 
 class CustomTask(_Task):
-    """Your own: ``target`` is called with the dataset's `Spec` and ``options``, and gives a `bigbatch.tasks.Task`."""
+    """Your own: ``target(spec, **options)``, of the dataset's `Spec`, gives a `bigbatch.tasks.Task`."""
 
     name: Literal["custom"]
     target: str = Field(pattern=r"^[\w.]+:\w+$", description="module:Name; runs only with --allow-custom.")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .augment import augment_images
-    from .base import Batch, DataError, Dataset, Part, Split
+    from .base import Batch, DataError, Dataset, Part, Split, TensorPart
     from .loader import Loader
     from .mix import mix_images, partners
-    from .pipeline import ImagePipeline, Pipeline, PlainPipeline
+    from .pipeline import ImagePipeline, Pipeline, PlainPipeline, TextPipeline
     from .preprocess import Moments, Preprocessing, Statistics, fit_preprocess, whitening
     from .sampler import Stream, order, permute, shares
     from .size import size_of
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 _FILES = {
     "augment": ("augment_images",),
-    "base": ("Batch", "DataError", "Dataset", "Part", "Split"),
+    "base": ("Batch", "DataError", "Dataset", "Part", "Split", "TensorPart"),
     "loader": ("Loader",),
     "mix": ("mix_images", "partners"),
-    "pipeline": ("ImagePipeline", "Pipeline", "PlainPipeline"),
+    "pipeline": ("ImagePipeline", "Pipeline", "PlainPipeline", "TextPipeline"),
     "preprocess": ("Moments", "Preprocessing", "Statistics", "fit_preprocess", "whitening"),
     "sampler": ("Stream", "order", "permute", "shares"),
     "size": ("size_of",),
@@ -31,8 +31,9 @@ _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
     "Batch", "DataError", "Dataset", "ImagePipeline", "Loader", "MemoryPart", "Moments", "Part", "Pipeline",
-    "PlainPipeline", "Preprocessing", "Split", "Statistics", "Stream", "SyntheticPart", "augment_images",
-    "fit_preprocess", "load_data", "mix_images", "order", "partners", "permute", "shares", "size_of", "whitening",
+    "PlainPipeline", "Preprocessing", "Split", "Statistics", "Stream", "SyntheticPart", "TensorPart", "TextPipeline",
+    "augment_images", "fit_preprocess", "load_data", "mix_images", "order", "partners", "permute", "shares", "size_of",
+    "whitening",
 ]  # fmt: skip
 
 

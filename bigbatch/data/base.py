@@ -20,7 +20,7 @@ class DataError(ValueError):
 
 
 def extra(package: str, name: str) -> Any:
-    """A package that comes with the extra ``name``, imported; ValueError where it is not there."""
+    """A package that comes with the extra ``name``, or a module of it, imported; ValueError where it is not there."""
     try:
         return import_module(package)
     except ImportError as error:
@@ -43,12 +43,27 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class TensorPart:
+    """A part that lies in memory: columns by name, of N rows each."""
+
+    columns: Batch
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def gather(self, index: Tensor, epoch: Tensor | None = None) -> Batch:
+        return {name: column.index_select(0, index) for name, column in self.columns.items()}
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Three parts, and what they have in common.
 
     ``kind`` tells what a batch still goes through: images are augmented
     and preprocessed, text is masked, anything else is plain.
     mean, std: of the training part's pixels / 255, float64 (C,), where they are known beforehand.
+    tokenizer: of text, the content of tokenizer.json.
+    digest: changes with the samples, where they are made of something that a recipe only names.
     """
 
     train: Part
@@ -58,6 +73,8 @@ class Dataset:
     kind: Literal["image", "text", "plain"] = "image"
     mean: Tensor | None = None
     std: Tensor | None = None
+    tokenizer: str = ""
+    digest: str = ""
 
     def part(self, split: Split) -> Part:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]

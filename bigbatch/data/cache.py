@@ -7,7 +7,7 @@ import hashlib
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import DataError, extra
+
+Rows = NDArray[np.void]
 
 PAUSES = (2.0, 4.0, 8.0)
 """Seconds between attempts to fetch a file."""
@@ -47,14 +49,30 @@ class Cache:
         Raises `DataError` where it cannot be fetched or is another file, ValueError for a URL that is none.
         """
         path = self.folder / "fetched" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
-        try:
+        with self._naming():
             while True:
                 with suppress(FileNotFoundError):
-                    os.utime(path)
+                    os.utime(path, ns=(time.time_ns(),) * 2)
                     return os.open(path, os.O_RDONLY)
                 with locked(path.with_name(f"{path.name}.lock")):
                     if not path.exists():
                         self._fetch(url, path, size=size, sha256=sha256)
+
+    def rows(self, key: str, make: Callable[[], Rows]) -> Rows:
+        """What ``make`` gives, made once for each ``key``."""
+        path = self.folder / "scanned" / f"{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()}.npy"
+        with self._naming():
+            if not path.exists():
+                with locked(path.with_name("lock")):
+                    if not path.exists():
+                        save_rows(path, make())
+            found: Rows = np.load(path, allow_pickle=False)
+            return found
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise DataError(f"data.cache = {str(self.folder)!r}: {error}; choose a folder that has room") from None
 
@@ -90,7 +108,7 @@ class Cache:
                 path.unlink(missing_ok=True)
 
 
-def save_rows(path: Path, rows: NDArray[np.void]) -> None:
+def save_rows(path: Path, rows: Rows) -> None:
     """Write an array so that it is there whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as file:
@@ -102,7 +120,7 @@ def save_rows(path: Path, rows: NDArray[np.void]) -> None:
 
 def _transfer(url: str, part: Path, *, size: int | None, sha256: str | None) -> str:
     """Fetch ``url`` into ``part``, and tell what is wrong with it, if anything."""
-    gopen = extra("webdataset", "images").gopen
+    gopen = extra("webdataset.gopen", "images")
     digest = hashlib.sha256()
     stream = None
     try:

@@ -94,7 +94,7 @@ def _split(config: Hub, key: Split) -> tuple[HubSource, tuple[str, ...]]:
     image = extra("datasets", "images").Image(decode=False)
     try:
         images = table.select_columns([config.image]).cast_column(config.image, image)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"data.image = {config.image!r}: that column of {where} has no images ({error})") from None
     labels = table.with_format("numpy").select_columns([config.label])[:][config.label]
     kind = table.features[config.label]

@@ -3,7 +3,6 @@ of their members. Without torch."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,14 +19,13 @@ from bigbatch.config.data import Source
 from bigbatch.config.models import Shards
 
 from .base import extra
-from .cache import Cache, locked, save_rows
+from .cache import Cache, Rows
 from .listing import EXTENSIONS
 
 INDEX, ROWS, UNFINISHED, FORMAT = "index.json", "index.npy", "unfinished.json", "bigbatch shards 1"
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 """A member's key and extension, as WebDataset parts them: at the first dot."""
 
-Rows = NDArray[np.void]
 ROW = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i4")])
 """Where in its shard a sample's image begins, its bytes, and its class, or -1 - i for ``FAULTS[i]``."""
 FAULTS = (
@@ -102,20 +100,16 @@ def find(source: Source, *, key: str, cache: Cache) -> Found:
     where an index is not of these shards."""
     try:
         paths = _expand(source)
-        folders = dict.fromkeys(map(os.path.dirname, paths))
-        listed: dict[str, tuple[Shard, Rows]] = {}
-        names: set[tuple[str, ...]] = set()
-        for folder in folders:
-            there, classes = _indexed(folder, cache)
-            listed |= there
-            names.add(classes)
-        found = [listed.get(path) or (Shard(path), _scanned(Shard(path), cache)) for path in paths]
-        if len(names) > 1:
-            raise ValueError("shards of different sets of classes; name those of one set")
+        listed: dict[str, tuple[Shard, Rows, tuple[str, ...]]] = {}
+        for folder in dict.fromkeys(map(os.path.dirname, paths)):
+            listed |= _indexed(folder, cache)
+        found = [listed.get(path) or (Shard(path), _scanned(Shard(path), cache), ()) for path in paths]
+        shards, rows, names = zip(*found, strict=True)
+        if len(set(names)) > 1:
+            raise ValueError("these shards were not written together, and have different classes")
     except (OSError, ValueError) as error:
         raise ValueError(f"{key} = {source!r}: {error}") from None
-    shards, rows = zip(*found, strict=True)
-    return Found(shards, rows, names.pop())
+    return Found(shards, rows, names[0])
 
 
 def _expand(source: Source) -> list[str]:
@@ -133,25 +127,25 @@ def _expand(source: Source) -> list[str]:
     return found
 
 
-def _indexed(folder: str, cache: Cache) -> tuple[dict[str, tuple[Shard, Rows]], tuple[str, ...]]:
-    """By path, the shards in a folder that its index has; and the names of classes. Nothing where there is no index."""
+def _indexed(folder: str, cache: Cache) -> dict[str, tuple[Shard, Rows, tuple[str, ...]]]:
+    """By path, the shards in a folder that its index has, their samples, and the names of classes."""
     if os.path.exists(os.path.join(folder, UNFINISHED)):
         raise ValueError(f"bigbatch shard has not finished {folder}; run it again")
     try:
         index = json.loads(_read(os.path.join(folder, INDEX), cache))
     except (OSError, ValueError):
-        return {}, ()
+        return {}
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        return {}, ()  # another tool's
+        return {}  # another tool's
     rows = np.load(BytesIO(_read(os.path.join(folder, ROWS), cache)), allow_pickle=False)
-    first, found = 0, {}
+    first, found, names = 0, {}, tuple(index["classes"])
     for entry in index["shards"]:
         shard = Shard(os.path.join(folder, entry["name"]), first, entry["bytes"], entry["sha256"])
-        found[shard.path] = shard, rows[first : first + entry["samples"]]
+        found[shard.path] = shard, rows[first : first + entry["samples"]], names
         first += entry["samples"]
     if (len(rows), rows.dtype) != (first, ROW):
         raise ValueError(f"{ROWS} and {INDEX} in {folder} do not belong together; get both again")
-    return found, tuple(index["classes"])
+    return found
 
 
 def _read(path: str, cache: Cache) -> bytes:
@@ -161,16 +155,20 @@ def _read(path: str, cache: Cache) -> bytes:
 
 def _scanned(shard: Shard, cache: Cache) -> Rows:
     """What `scan` finds, kept for as long as the file stays as it is."""
-    what = shard.path
+    key = shard.path
     if not shard.remote:
-        stat = os.stat(what)
-        what = f"{os.path.abspath(what)} {stat.st_size} {stat.st_mtime_ns}"
-    kept = cache.folder / "scanned" / f"{hashlib.sha256(what.encode()).hexdigest()}.npy"
-    if not kept.exists():
-        with locked(kept.with_name("lock")), os.fdopen(shard.open(cache), "rb") as file:
-            if not kept.exists():
-                save_rows(kept, scan(file, shard.path))
-    return np.load(kept, allow_pickle=False)  # type: ignore[no-any-return]
+        stat = os.stat(key)
+        key = f"{os.path.abspath(key)} {stat.st_size} {stat.st_mtime_ns}"
+
+    def make() -> Rows:
+        try:
+            file = shard.open(cache)
+        except OSError as error:
+            raise ValueError(f"{shard.path} cannot be read ({error.strerror})") from None
+        with os.fdopen(file, "rb") as tar:
+            return scan(tar, shard.path)
+
+    return cache.rows(key, make)
 
 
 def scan(file: BinaryIO, name: str) -> Rows:

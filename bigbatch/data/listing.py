@@ -50,14 +50,14 @@ def list_train(config: Folder) -> tuple[Listing, Listing]:
     An image validates if the hash of its class and name is below the share: a new image moves no other.
     Raises ValueError for a class without training images, fewer than two classes, and no validation images.
     """
-    whole = listed(config.path, config.train, "data.train")
+    whole = train = listed(config.path, config.train, "data.train")
+    if len(whole.classes) < 2:
+        found = f"the class folder {whole.classes[0]} alone" if whole.classes else "no class folders"
+        raise ValueError(f"data.train = {config.train!r}: {whole.root} has {found}; give it a folder for each class")
     if isinstance(config.validation, str):
-        train, validation = whole, list_other(config, config.validation, key="data.validation", classes=whole.classes)
+        validation = list_other(config, config.validation, key="data.validation", classes=whole.classes)
     else:
         train, validation = (_share(whole, config.validation, held=held) for held in (False, True))
-    if len(train.classes) < 2:
-        found = f"the class folder {train.classes[0]} alone" if train.classes else "no class folders"
-        raise ValueError(f"data.train = {config.train!r}: {train.root} has {found}; give it a folder for each class")
     empty = [name for name, files in zip(train.classes, train.files, strict=True) if not files]
     if empty:
         taken = "" if isinstance(config.validation, str) else f" that data.validation = {config.validation} leaves"

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bigbatch.config.models import Augment
+from bigbatch.config.models import Augment, Mask
+from bigbatch.spec import Spec
 
 from .augment import augment_images
 from .base import Batch
+from .mask import Vocabulary, mask_tokens
 from .mix import mix_images, partners
 
 
@@ -42,6 +44,40 @@ class PlainPipeline(Pipeline):
     def _there(self, batch: Batch) -> Batch:
         there = super()._there(batch)
         return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in there.items()}
+
+
+class TextPipeline(Pipeline):
+    """Masks rows of tokens, drawn from (seed, epoch, row): ``labels`` come beside ``input_ids``. Those of evaluation
+    are masked once and for all, whatever the seed. Without ``mask`` rows stay as they are.
+    """
+
+    def __init__(
+        self, *, mask: Mask | None, spec: Spec, tokenizer: str, seed: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(seed=seed, device=device, dtype=dtype)
+        self.mask = mask
+        self.vocabulary = Vocabulary.of(tokenizer, spec, device) if mask else None
+
+    def train(self, batch: Batch, *, index: Tensor, epoch: Tensor, own: slice, partner: Tensor | None) -> Batch:
+        there = super().train(batch, index=index, epoch=epoch, own=own, partner=partner)
+        return self._masked(there, seed=self.seed, epoch=there["epoch"])
+
+    def evaluate(self, batch: Batch, *, index: Tensor) -> Batch:
+        there = super().evaluate(batch, index=index)
+        return self._masked(there, seed=0, epoch=there["epoch"] - 1)  # no epoch of a run with seed 0
+
+    def _masked(self, batch: Batch, *, seed: int, epoch: Tensor) -> Batch:
+        if self.mask is None or self.vocabulary is None:
+            return batch
+        tokens, labels = mask_tokens(
+            batch["input_ids"],
+            config=self.mask,
+            vocabulary=self.vocabulary,
+            seed=seed,
+            epoch=epoch,
+            index=batch["index"],
+        )
+        return {**batch, "input_ids": tokens, "labels": labels}
 
 
 class ImagePipeline(Pipeline):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -65,6 +66,11 @@ class Reader:
                 return pool, [pool.submit(_work, *job) for job in jobs]
             except BrokenProcessPool:
                 self.close()
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
+                raise DataError(
+                    f"data.workers = {self._workers}: the parts of the dataset cannot be sent to them ({error}); have "
+                    "their classes at the top of a module and in them nothing but data, or set data.workers=0"
+                ) from error
         raise _died(jobs)
 
     def _wait(self, jobs: list[Job], begun: Begun) -> list[Read]:

@@ -19,6 +19,9 @@ from bigbatch.keyed import hashed
 from .base import Batch, DataError, Dataset, Part
 
 _DRAW = 12  # those before are augment.py's and mix.py's
+_GAP = 2.0
+"""Pixels decoded, along a side, for each that is wanted, as by PIL's ``thumbnail``: two photographs, brought to 32 to
+224 pixels, then differed from what all of their pixels give by 1 of 255 in the mean, and by 2 with a gap of 1."""
 _BLANK = torch.zeros(1, dtype=torch.uint8)
 _MIXING = {"MixUp": "mixup", "CutMix": "cutmix"}
 
@@ -26,9 +29,9 @@ _MIXING = {"MixUp": "mixup", "CutMix": "cutmix"}
 class Transforms:
     """What ``key``, ``data.transforms`` or ``data.eval_transforms``, makes of an image: uint8 of ``shape``, (C, H, W).
 
-    Each step does what v2's own does after the same random numbers, but of a JPEG that is reduced at once to half its
-    sides or less, only that many pixels are decoded. Raises ValueError for a name or arguments that torchvision does
-    not have, and for steps that give an image of ``shape`` another shape or dtype.
+    Each step does what v2's own does after the same random numbers, but where the first one makes a quarter or less of
+    an image's sides, a JPEG is decoded smaller, to at least twice the sides wanted. Raises ValueError for a name or
+    arguments that torchvision does not have, and for steps that give an image of ``shape`` another shape or dtype.
     """
 
     def __init__(self, steps: Sequence[Transform], *, shape: tuple[int, ...], key: str) -> None:
@@ -56,23 +59,23 @@ class Transforms:
                 image = step(image)
         except Exception as error:
             raise DataError(f"{self.key}: fails on an image of {height} × {width} pixels ({error})") from error
-        if image.dtype != torch.uint8 or image.shape != self.shape:
+        if not (isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape == self.shape):
+            what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise DataError(
-                f"{self.key}: makes {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)} of an image of "
-                f"{height} × {width} pixels, where the model gets uint8 {self.shape}; resize and crop to that, and "
-                "leave floats to data.preprocess"
+                f"{self.key}: makes {what.removeprefix('torch.')} of an image of {height} × {width} pixels, where the "
+                f"model gets uint8 {self.shape}; resize and crop to that, and leave floats to data.preprocess"
             )
         return image
 
 
 def _needed(steps: Sequence[Any], height: int, width: int) -> tuple[dict[str, int] | None, float]:
-    """The box that the first step crops, if it does, and how many times smaller its result is than its input."""
+    """The box that the first step crops, if it does, and how many times smaller its input may be than the image."""
     first: Any = steps[0] if steps else None
     if type(first) is v2.RandomResizedCrop:
         box: dict[str, int] = first.make_params([_BLANK.expand(1, height, width)])
-        return box, min(box["height"] / first.size[0], box["width"] / first.size[1])
+        return box, min(box["height"] / first.size[0], box["width"] / first.size[1]) / _GAP
     if type(first) is v2.Resize and first.size and first.max_size is None:
-        return None, min(height / first.size[0], width / first.size[-1])
+        return None, min(height / first.size[0], width / first.size[-1]) / _GAP
     return None, 1.0
 
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from bigbatch.signals import end_with_owner
 
-from .cache import save_rows
-from .index import FORMAT, INDEX, ROWS, UNFINISHED, Rows, scan
+from .cache import Rows, save_rows
+from .index import FORMAT, INDEX, ROWS, UNFINISHED, scan
 from .listing import Listing, listed
 
 SPLITS = ("train", "val", "test")

@@ -64,15 +64,16 @@ class FullySharded(Strategy):
         return {**parts, "state": {index: _whole(state) for index, state in parts["state"].items()}}
 
     def load(self, model: State, optimizer: State) -> None:
-        mine = self.model.state_dict()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         states = {
             index: {key: _cut(value, params[index]) for key, value in state.items()}
             for index, state in optimizer["state"].items()
         }
-        super().load(
-            {name: _cut(tensor, mine.get(name)) for name, tensor in model.items()}, {**optimizer, "state": states}
-        )
+        super().load(model, {**optimizer, "state": states})
+
+    def load_model(self, model: State, *, strict: bool = True) -> None:
+        mine = self.model.state_dict()
+        super().load_model({name: _cut(tensor, mine.get(name)) for name, tensor in model.items()}, strict=strict)
 
 
 def units(model: nn.Module) -> list[nn.Module]:

@@ -29,9 +29,10 @@ def run_processes(
     """``function(rank, *args)`` in ``world_size`` new processes on the CPU; their results, by rank.
 
     Function, arguments and results are pickled, so the function stands at the top of its module. The variables that
-    torchrun sets are there, and the cores are shared out. An exception in one rank is raised here as RankError and ends
-    the others; so does, as TimeoutError, a call that takes longer than ``limit`` seconds (a collective:
-    ``timeout``). Starts from a fork server that has torch loaded, where one process takes a tenth of a second.
+    torchrun sets are there, beside those of this process, and the cores are shared out. An exception in one rank is
+    raised here as RankError and ends the others; so does, as TimeoutError, a call that takes longer than ``limit``
+    seconds (a collective: ``timeout``). Starts from a fork server that has torch loaded, where one process takes a
+    tenth of a second.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
@@ -44,7 +45,7 @@ def run_processes(
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            job = (theirs, rank, world_size, port, timeout, function, args)
+            job = (theirs, rank, world_size, port, timeout, dict(os.environ), function, args)
             process = context.Process(target=_main, args=job)  # no daemon: it may have children that read data
             process.start()
             theirs.close()
@@ -86,9 +87,11 @@ def _main(
     world_size: int,
     port: int,
     timeout: float,
+    environment: dict[str, str],
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    os.environ.update(environment)
     threads = max(1, torch.get_num_threads() // world_size)
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

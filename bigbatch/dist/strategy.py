@@ -101,8 +101,12 @@ class Strategy(ABC):
             {**theirs, **{key: ours[key] for key in KERNEL if key in ours}}
             for theirs, ours in zip(optimizer["param_groups"], self.optimizer.param_groups, strict=True)
         ]
-        self.model.load_state_dict(model)
+        self.load_model(model)
         self.optimizer.load_state_dict({**optimizer, "param_groups": groups})
+
+    def load_model(self, model: State, *, strict: bool = True) -> None:
+        """Take over the model's state dict alone; not ``strict``: or part of one."""
+        self.model.load_state_dict(model, strict=strict)
 
 
 class Replicas(Strategy):

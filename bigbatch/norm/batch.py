@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .kernel import Reduce, normalise
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Below so many values a channel and image, statistics image by image cost more than a loop or a copy.
 FEWEST_VALUES = 16
@@ -52,6 +55,7 @@ class SpanBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine)
         self.span, self.reduce = span, reduce
         self.empty = False
+        self.frozen = False
         # The mean over the `seen` samples since the last commit; not part of the state, like a gradient.
         self.seen = 0
         self.register_buffer("pending_mean", torch.zeros_like(self.running_mean), persistent=False)
@@ -60,6 +64,10 @@ class SpanBatchNorm(_BatchNorm):
         # that is still in the running buffers.
         self.base: Tensor | None = None
         self.decay = 1.0
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, which a ``frozen`` layer does not enter: it keeps its running statistics and uses them."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2:

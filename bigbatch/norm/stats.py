@@ -12,7 +12,7 @@ from .kernel import Reduce
 
 
 class BatchStats:
-    """The running statistics of all batch norms of a model.
+    """The running statistics of all batch norms of a model but the frozen ones.
 
     For an optimiser step of N samples over all ranks, with momentum ρ, and n samples in each group of mean μ (or of
     unbiased variance μ):  running ← (1 − ρ)·running + ρ·Σ n·μ / N.  That is linear in the groups, so that each rank
@@ -22,7 +22,8 @@ class BatchStats:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {name: module for name, module in model.named_modules() if isinstance(module, SpanBatchNorm)}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SpanBatchNorm)}
+        self._layers = {name: layer for name, layer in layers.items() if not layer.frozen}
 
     def empty(self, flag: bool) -> None:
         """Whether forward passes from now on carry a dummy sample, which joins collectives and counts for nothing."""

@@ -6,12 +6,12 @@ from bigbatch.config.models import CausalLM, Classification, CustomTask, MaskedL
 from bigbatch.config.models import Task as TaskConfig
 from bigbatch.spec import Spec
 
-from .base import Task
+from .base import BaseTask, Pretrained, Task
 from .classification import OWN, ClassificationTask
 from .mlp import MLP
 from .resnet_small import ResNetSmall
 
-__all__ = ["MLP", "OWN", "ClassificationTask", "ResNetSmall", "Task", "build_task"]
+__all__ = ["MLP", "OWN", "BaseTask", "ClassificationTask", "Pretrained", "ResNetSmall", "Task", "build_task"]
 
 
 def build_task(config: TaskConfig, spec: Spec) -> Task:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -36,3 +37,32 @@ class Task(Protocol):
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics from the sums of ``evaluate``, added up over all batches."""
+
+
+@runtime_checkable
+class Pretrained(Protocol):
+    """A task whose model's name stands for weights too."""
+
+    def pretrained(self) -> dict[str, Tensor]:
+        """Those weights by the model's names, of a last layer as it was trained. Raises ValueError without them."""
+
+
+class BaseTask(ABC):
+    """A task whose only metric is its mean loss, and whose samples weigh 1; override what is otherwise."""
+
+    sums: tuple[str, ...] = ("loss", "weight")
+    metric_names: tuple[str, ...] = ("loss",)
+    weight_is_count: bool = True
+
+    @abstractmethod
+    def build_model(self) -> nn.Module: ...
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+
+    def evaluate(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss, weight = self.loss(model, batch)
+        return {"loss": loss.double(), "weight": weight.double()}
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["weight"]}

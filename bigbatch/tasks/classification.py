@@ -66,23 +66,48 @@ class ClassificationTask:
         self._try(model)
         return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
+    def pretrained(self) -> dict[str, Tensor]:
+        """timm's weights of that name, from its hub or what is kept of it, fitted to the images' channels."""
+        import timm
+        from huggingface_hub import hf_hub_download
+
+        name, what = self.config.model.removeprefix("timm/"), f"task.weights = pretrained: {self.config.model}"
+        found = timm.get_pretrained_cfg(name)
+        assert found is not None  # since the name has been checked
+        file = found.hf_hub_filename or "model.safetensors"
+        if not found.hf_hub_id or not file.endswith(".safetensors"):
+            raise ValueError(f"{what} has no weights as safetensors on its hub; choose another, or give a file")
+        try:
+            overlay = {"file": hf_hub_download(found.hf_hub_id, file), "custom_load": False}
+            model = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=self.shape[0], **self.config.options
+            )
+        except Exception as error:  # of the network, of a damaged file, of a stem that cannot be fitted
+            raise ValueError(f"{what}: its weights cannot be had ({error}); fetch them, or give a file") from error
+        return model.state_dict()
+
     def _check_name(self) -> None:
-        name = self.config.model
+        name, pretrained = self.config.model, self.config.weights == "pretrained"
         if "checkpoint_path" in self.config.options:
-            raise ValueError("task.options.checkpoint_path: no weights are loaded, and some timm would run their code")
+            raise ValueError("task.options.checkpoint_path: some timm would run its code; use task.weights")
         if len(self.shape) == 1 and name != "bigbatch/mlp":
             raise ValueError(
                 f"task.model = {name!r}: takes images, and data.preprocess.whiten = pca gives vectors of "
                 f"{self.shape[0]}; use bigbatch/mlp, or zca"
             )
+        if name in OWN and pretrained:
+            raise ValueError(f"task.weights = pretrained: {name} has none; give a run, a checkpoint or a file")
         if name in OWN:
             return
-        import timm  # slow to import, and not needed by our own model
+        import timm  # slow to import, and not needed by our own models
 
-        # a tag after a dot names pretrained weights, which are not loaded
-        if not name.startswith("timm/") or "." in name or not timm.is_model(name.removeprefix("timm/")):
-            known = [*OWN, *(f"timm/{other}" for other in timm.list_models())]
-            close = ", ".join(get_close_matches(name, known)) or f"{', '.join(OWN)} or timm/NAME"
+        short = name.removeprefix("timm/")
+        # a tag after a dot names pretrained weights
+        known = timm.is_model_pretrained(short) if pretrained else "." not in short and timm.is_model(short)
+        if not name.startswith("timm/") or not known:
+            others = timm.list_pretrained() if pretrained else timm.list_models()
+            names = [*OWN, *(f"timm/{other}" for other in others)]
+            close = ", ".join(get_close_matches(name, names)) or f"{', '.join(OWN)} or timm/NAME"
             raise ValueError(f"task.model = {name!r}: unknown; did you mean {close}? timm.list_models() names the rest")
 
     def _build(self) -> nn.Module:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch.config import RunConfig
-from bigbatch.config.models import Preprocess, Text
-from bigbatch.data import Dataset, ImagePipeline, Loader, Pipeline, PlainPipeline, Preprocessing, Stream, load_data
+from bigbatch.config.models import CustomTask, Preprocess, Text
+from bigbatch.data import (
+    Dataset,
+    ImagePipeline,
+    Loader,
+    Pipeline,
+    PlainPipeline,
+    Preprocessing,
+    Stream,
+    TextPipeline,
+    load_data,
+)
 from bigbatch.data.preprocess import State
 from bigbatch.dist import Runtime, Strategy, lost_contact
 from bigbatch.dropout import KeyedDropout, draws_freely
@@ -23,20 +33,74 @@ from bigbatch.optim import build_optimizer
 from bigbatch.plan import Plan, PlanWarning
 from bigbatch.tasks import Task, build_task
 
+from .finetune import freeze, start
 from .scale import LossScale
 from .state import Parts
 from .statistics import fit
 
 
-def assemble(config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: State | None = None) -> Parts:
-    """Build the parts. The order is law: preprocessing, which may change the input's shape → model → norm conversion
-    → parameter groups and optimiser → wrap (the strategy's business, since sharding replaces the parameters).
+def assemble(
+    config: RunConfig,
+    plan: Plan,
+    runtime: Runtime,
+    *,
+    preprocess: State | None = None,
+    weights: Literal["start", "later"] = "start",
+) -> Parts:
+    """Build the parts. The order is law: preprocessing, which may change the input's shape → model → norm conversion →
+    frozen parameters → parameter groups and optimiser → wrap (the strategy's business, since sharding replaces the
+    parameters) → the weights to start from; ``later`` where others are loaded, or none but by `start`.
 
     ``preprocess``: the statistics that a run was begun with, instead of those of its training part today.
 
     Raises ValueError for what only the data or the model can tell is wrong: a missing file, an unknown model, a group
     rule that matches nothing.
     """
+    loader, preprocessing, told = feed(config, plan, runtime, preprocess=preprocess)
+    with _closing(loader):
+        spec = loader.dataset.spec
+        spec = replace(spec, shape=preprocessing.shape(spec.shape)) if preprocessing else spec
+        task = build_task(config.task, spec)
+        if config.checkpoint.best not in task.metric_names:
+            raise ValueError(
+                f"checkpoint.best = {config.checkpoint.best!r}: no metric of this task; choose one of "
+                f"{task.metric_names}"
+            )
+
+        # The initial weights are a function of the seed alone, the same on every process.
+        torch.manual_seed(config.seed)
+        model = task.build_model().to(runtime.device, runtime.dtype)
+        model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
+        if config.norm.zero_init_residual:
+            zero_init_residual(model)
+        freeze(model, config.task.freeze)
+        strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
+        dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
+        strategy.start()
+        parts = Parts(
+            config=config,
+            plan=plan,
+            runtime=runtime,
+            task=task,
+            loader=loader,
+            model=model,
+            strategy=strategy,
+            stats=BatchStats(model),
+            scale=LossScale() if config.precision == "fp16" else None,
+            dropout=dropout,
+            own_buffers=own_buffers,
+            preprocessing=preprocessing,
+            warnings=(*told, *warnings),
+        )
+        if weights == "start":
+            start(parts)
+        return parts
+
+
+def feed(
+    config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: State | None = None
+) -> tuple[Loader, Preprocessing | None, tuple[PlanWarning, ...]]:
+    """What the model is fed by, how its images are preprocessed, and warnings of that. Raises ValueError likewise."""
     with runtime.first_on_this_machine():
         data = load_data(config.data, seed=config.seed)
     _check_size(data, plan)
@@ -49,48 +113,20 @@ def assemble(config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: Sta
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
+    with _closing(loader):
+        preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
+        loader.pipeline = _pipeline(config, data, preprocessing, runtime)
+    return loader, preprocessing, told
+
+
+@contextmanager
+def _closing(loader: Loader) -> Iterator[None]:
+    """End the processes that read if the block fails: they would keep this one from its own end."""
     try:
-        return _build(config, plan, runtime, loader, preprocess)
+        yield
     except BaseException:
-        loader.close()  # this process could not end before those that read for it
+        loader.close()
         raise
-
-
-def _build(config: RunConfig, plan: Plan, runtime: Runtime, loader: Loader, preprocess: State | None) -> Parts:
-    data = loader.dataset
-    preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
-    spec = replace(data.spec, shape=preprocessing.shape(data.spec.shape)) if preprocessing else data.spec
-    task = build_task(config.task, spec)
-    if config.checkpoint.best not in task.metric_names:
-        raise ValueError(
-            f"checkpoint.best = {config.checkpoint.best!r}: no metric of this task; choose one of {task.metric_names}"
-        )
-
-    # The initial weights are a function of the seed alone, the same on every process.
-    torch.manual_seed(config.seed)
-    model = task.build_model().to(runtime.device, runtime.dtype)
-    model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
-    if config.norm.zero_init_residual:
-        zero_init_residual(model)
-    loader.pipeline = _pipeline(config, data, preprocessing, runtime)
-    strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
-    dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
-    strategy.start()
-    return Parts(
-        config=config,
-        plan=plan,
-        runtime=runtime,
-        task=task,
-        loader=loader,
-        model=model,
-        strategy=strategy,
-        stats=BatchStats(model),
-        scale=LossScale() if config.precision == "fp16" else None,
-        dropout=dropout,
-        own_buffers=own_buffers,
-        preprocessing=preprocessing,
-        warnings=(*told, *warnings),
-    )
 
 
 def _preprocessing(
@@ -113,9 +149,8 @@ def _preprocessing(
 def _pipeline(config: RunConfig, data: Dataset, preprocessing: Preprocessing | None, runtime: Runtime) -> Pipeline:
     on: Any = {"seed": config.seed, "device": runtime.device, "dtype": runtime.dtype}
     settings = config.data
-    if data.kind == "text":
-        raise NotImplementedError
-    assert not isinstance(settings, Text)
+    if isinstance(settings, Text):
+        return TextPipeline(mask=settings.mask, spec=data.spec, tokenizer=data.tokenizer, **on)
     if preprocessing:
         return ImagePipeline(shape=data.spec.shape, augment=settings.augment, preprocess=preprocessing, **on)
     return PlainPipeline(**on)
@@ -147,6 +182,13 @@ def _try(
     def warn(code: str, message: str) -> None:
         warnings.append(PlanWarning(code, f"{message}; another layout is another run"))
 
+    def evaluation() -> None:
+        model.eval()
+        with torch.no_grad(), runtime.autocast():
+            sums = task.evaluate(model, next(loader.evaluate("validation", rank=0, world_size=1, batch=2)))
+        task.metrics({name: float(total) for name, total in sums.items()})
+        model.train()
+
     try:
         free = draws_freely(passes, runtime.device)
         if free and config.task.dropout == "torch":
@@ -160,6 +202,8 @@ def _try(
         if runtime.world_size > 1:
             # The second pass is where DistributedDataParallel tells of parameters that the first did not reach.
             _check_reached(strategy, passes)
+        if isinstance(config.task, CustomTask):
+            evaluation()
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -6,6 +6,9 @@ import struct
 import numpy as np
 import pytest
 
+from bigbatch.data.write import write_shards
+from pictures import write_folder
+
 
 def idx_bytes(array, *, magic=None):
     array = np.asarray(array, dtype=np.uint8)
@@ -36,3 +39,18 @@ def plant(tmp_path):
 @pytest.fixture
 def encode():
     return idx_bytes
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Class folders: 20 images to train, 12 to validate."""
+    return write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture(scope="session")
+def dest(folder, tmp_path_factory):
+    """Them as shards of four images."""
+    made = tmp_path_factory.mktemp("dest")
+    index = write_shards(folder, made, size=14_000, seed=3, progress=lambda done, total: None)
+    assert [shard["samples"] for shard in index["shards"]] == [4] * 8
+    return made

@@ -20,8 +20,9 @@ BASE: dict[str, Any] = {
 
 def assembled(**sections: Any) -> Parts:
     config = RunConfig.model_validate(merge(BASE, sections))
-    plan = resolve(config, world_size=1, dataset_size=size_of(config.data))
-    return assemble(config, plan, Runtime(precision=config.precision))
+    runtime = Runtime(precision=config.precision, parallel=config.parallel)
+    plan = resolve(config, world_size=runtime.world_size, dataset_size=size_of(config.data))
+    return assemble(config, plan, runtime)
 
 
 def gradients(parts: Parts) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Documents of text, one after another, and which part each belongs to. Without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from glob import glob
+from hashlib import blake2b
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from bigbatch.config.models import Text
+
+SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
+TABLES = (".jsonl", ".parquet", ".arrow")
+
+
+@contextmanager
+def needs(extra: str, package: str) -> Iterator[None]:
+    """Imports of an optional package; ValueError that names its extra where it is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{package} is not installed ({error}); pip install 'bigbatch[{extra}]'") from None
+
+
+def documents(config: Text, split: Literal["train", "validation", "test"] = "train") -> Iterator[str]:
+    """Those of one part, without those that are blank.
+
+    A part that is a share has the training documents whose number's hash falls into it, whatever the seed of the run.
+    Raises ValueError for what is not there or cannot be read.
+    """
+    shares = {name: share for name in SPLITS if isinstance(share := getattr(config, name), float)}
+    if split != "train" and split not in shares:
+        yield from _all(config, split)
+        return
+    ends = list(accumulate(shares.values(), initial=0.0))
+    spans = dict(zip((*shares, "train"), pairwise((*ends, 1.0)), strict=True))
+    low, high = spans[split]
+    for number, document in enumerate(_all(config, "train")):
+        if low <= _place(number) < high:
+            yield document
+
+
+def files(config: Text) -> list[Path]:
+    """All that are at hand: none of a dataset on the hub. Raises ValueError for a name that stands for none."""
+    if config.hub is not None:
+        return sorted(path for path in Path(os.path.expanduser(config.hub)).rglob("*") if path.is_file())
+    return [path for split in SPLITS if not isinstance(getattr(config, split), float) for path in _files(config, split)]
+
+
+def _place(number: int) -> float:
+    return int.from_bytes(blake2b(str(number).encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _all(config: Text, split: str) -> Iterator[str]:
+    if config.hub is not None:
+        read: Iterable[str] = _hub(config, split)
+    else:
+        read = (document for path in _files(config, split) for document in _file(config, path))
+    return (document for document in read if document.strip())
+
+
+def _names(config: Text, split: str) -> tuple[str, ...]:
+    source = getattr(config, split)
+    return (source,) if isinstance(source, str) else source or (split,)
+
+
+def _files(config: Text, split: str) -> list[Path]:
+    found: list[Path] = []
+    for name in _names(config, split):
+        paths = sorted(glob(os.path.expanduser(name), recursive=True))
+        if not paths:
+            raise ValueError(f"data.{split} = {name!r}: no such file; correct it, or give data.size to plan without")
+        found += map(Path, paths)
+    return found
+
+
+def _file(config: Text, path: Path) -> Iterator[str]:
+    try:
+        if path.suffix == ".jsonl":
+            yield from _lines_of_json(config, path)
+        elif path.suffix in TABLES:
+            with needs("text", "datasets"):
+                from datasets import Dataset
+            table = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_file(str(path))
+            yield from _column(config, table, str(path))
+        elif config.document == "file":
+            yield path.read_text(encoding="utf-8")
+        else:
+            with path.open(encoding="utf-8") as file:
+                yield from file if config.document == "line" else _paragraphs(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error}); convert it") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    paragraph = ""
+    for line in lines:
+        if line.strip():
+            paragraph += line
+        else:
+            yield paragraph
+            paragraph = ""
+    yield paragraph
+
+
+def _lines_of_json(config: Text, path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[config.field]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{path}, line {number}: no JSON object with a text under data.field = {config.field!r}; correct "
+                    "the line or data.field"
+                )
+            yield text
+
+
+def _hub(config: Text, split: str) -> Iterator[str]:
+    assert config.hub is not None
+    with needs("text", "datasets"):
+        import datasets
+    for name in _names(config, split):
+        path = os.path.expanduser(config.hub)
+        try:
+            if Path(path, "dataset_dict.json").is_file():
+                table = datasets.load_from_disk(path)[name]
+            else:
+                table = datasets.load_dataset(path, config.hub_config, split=name, revision=config.hub_revision)
+        except Exception as error:  # of many kinds, for what is not there, not reachable or not readable
+            raise ValueError(f"data.hub = {config.hub!r}: its {name} cannot be had ({error})") from None
+        yield from _column(config, table, config.hub)
+
+
+def _column(config: Text, table: Any, where: str) -> Iterator[str]:
+    if config.field not in table.column_names:
+        raise ValueError(f"data.field = {config.field!r}: {where} has no such column; it has {table.column_names}")
+    for row in table.select_columns([config.field]):
+        yield row[config.field] or ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from bigbatch.spec import Spec
 
@@ -19,12 +20,13 @@ class DataError(ValueError):
     """Data that a run needs cannot be read; the message names the file and what to do."""
 
 
-def extra(package: str, name: str) -> Any:
-    """A package that comes with the extra ``name``, or a module of it, imported; ValueError where it is not there."""
+@contextmanager
+def needs(extra: str, package: str) -> Iterator[None]:
+    """Imports of an optional package; ValueError that names its extra where it is missing."""
     try:
-        return import_module(package)
+        yield
     except ImportError as error:
-        raise ValueError(f"{package} is needed and missing ({error}): pip install 'bigbatch[{name}]'") from None
+        raise ValueError(f"{package} is not installed ({error}); pip install 'bigbatch[{extra}]'") from None
 
 
 class Part(Protocol):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import DataError, extra
+from .base import DataError, needs
 
 Rows = NDArray[np.void]
 
@@ -120,11 +120,12 @@ def save_rows(path: Path, rows: Rows) -> None:
 
 def _transfer(url: str, part: Path, *, size: int | None, sha256: str | None) -> str:
     """Fetch ``url`` into ``part``, and tell what is wrong with it, if anything."""
-    gopen = extra("webdataset.gopen", "images")
+    with needs("images", "webdataset"):
+        from webdataset.gopen import gopen, gopen_schemes
     digest = hashlib.sha256()
     stream = None
     try:
-        with part.open("wb") as file, (stream := gopen.gopen(url)):
+        with part.open("wb") as file, (stream := gopen(url)):
             source = getattr(stream, "stream", stream).fileno()
             ready = select.poll()
             ready.register(source)
@@ -141,7 +142,7 @@ def _transfer(url: str, part: Path, *, size: int | None, sha256: str | None) -> 
             os.fsync(file.fileno())
         found = part.stat().st_size
     except ValueError:
-        schemes = ", ".join(scheme for scheme in gopen.gopen_schemes if scheme not in ("__default__", "pipe"))
+        schemes = ", ".join(scheme for scheme in gopen_schemes if scheme not in ("__default__", "pipe"))
         raise ValueError(f"{url}: webdataset opens {schemes}; or fetch the file, and give its path") from None
     except OSError as error:
         return CURL.get(getattr(stream, "status", 0), str(error))

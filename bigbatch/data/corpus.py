@@ -24,7 +24,8 @@ from uuid import uuid4
 
 from bigbatch.config.models import Text
 
-from .documents import SPLITS, documents, files, needs
+from .base import needs
+from .documents import SPLITS, documents, files
 from .tokenizer import NAMES, make_tokenizer, special_tokens, tokenizer_file
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from glob import glob
 from hashlib import blake2b
 from itertools import accumulate, pairwise
@@ -14,17 +13,10 @@ from typing import Any, Literal
 
 from bigbatch.config.models import Text
 
+from .base import needs
+
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
 TABLES = (".jsonl", ".parquet", ".arrow")
-
-
-@contextmanager
-def needs(extra: str, package: str) -> Iterator[None]:
-    """Imports of an optional package; ValueError that names its extra where it is missing."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(f"{package} is not installed ({error}); pip install 'bigbatch[{extra}]'") from None
 
 
 def documents(config: Text, split: Literal["train", "validation", "test"] = "train") -> Iterator[str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bigbatch.config.models import Hub
 
-from .base import Split, extra
+from .base import Split, needs
 from .index import held_out
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ class HubSource:
 
     def read(self, i: int) -> bytes:
         (image,) = self.table[int(self.rows[i])].values()
-        if image is None:
+        data, path = (image["bytes"], image["path"]) if image else (None, None)
+        if data is not None:
+            return bytes(data)
+        if path is None:
             raise ValueError("there is no image in it")
-        if image["bytes"] is not None:
-            return bytes(image["bytes"])
-        with open(image["path"], "rb") as file:
+        with open(path, "rb") as file:
             return file.read()
 
     def take(self, chosen: NDArray[np.bool_]) -> HubSource:
@@ -91,9 +92,10 @@ def _split(config: Hub, key: Split) -> tuple[HubSource, tuple[str, ...]]:
         if getattr(config, column) not in table.column_names:
             there = ", ".join(table.column_names)
             raise ValueError(f"data.{column} = {getattr(config, column)!r}: {where} has no such column; it has {there}")
-    image = extra("datasets", "images").Image(decode=False)
+    from datasets import Image
+
     try:
-        images = table.select_columns([config.image]).cast_column(config.image, image)
+        images = table.select_columns([config.image]).cast_column(config.image, Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"data.image = {config.image!r}: that column of {where} has no images ({error})") from None
     labels = table.with_format("numpy").select_columns([config.label])[:][config.label]
@@ -110,7 +112,8 @@ def _split(config: Hub, key: Split) -> tuple[HubSource, tuple[str, ...]]:
 
 def _table(config: Hub, key: Split, *, fetch: bool = True) -> Any:
     """A split as the library has it."""
-    datasets = extra("datasets", "images")
+    with needs("images", "datasets"):
+        import datasets
     datasets.disable_progress_bars()
     path, split = os.path.expanduser(config.path), getattr(config, key)
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from glob import glob
 from io import BytesIO
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from bigbatch.config.data import Source
 from bigbatch.config.models import Shards
 
-from .base import extra
+from .base import needs
 from .cache import Cache, Rows
 from .listing import EXTENSIONS
 
@@ -117,7 +118,7 @@ def _expand(source: Source) -> list[str]:
     for pattern in (source,) if isinstance(source, str) else source:
         if pattern.startswith("pipe:"):
             raise ValueError(f"{pattern} is a command, which no recipe runs; give paths or URLs")
-        for path in extra("braceexpand", "images").braceexpand(pattern) if "{" in pattern else (pattern,):
+        for path in _braces(pattern):
             paths = [path] if is_url(path) or os.path.exists(path) else sorted(glob(os.path.expanduser(path)))
             if not paths:
                 raise ValueError(f"there is no file {path}; data.size=N lets a plan be made without it")
@@ -125,6 +126,14 @@ def _expand(source: Source) -> list[str]:
     if len(set(found)) < len(found):
         raise ValueError(f"{max(found, key=found.count)} is named twice; name each shard once")
     return found
+
+
+def _braces(pattern: str) -> Iterable[str]:
+    if "{" not in pattern:
+        return [pattern]
+    with needs("images", "braceexpand"):
+        from braceexpand import braceexpand
+    return braceexpand(pattern)
 
 
 def _indexed(folder: str, cache: Cache) -> dict[str, tuple[Shard, Rows, tuple[str, ...]]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bigbatch.config.models import Tokenizer as Settings
 
-from .documents import needs
+from .base import needs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -82,6 +82,8 @@ def _plan(
     classes = found[splits[0]].classes
     if other := sorted({name for listing in found.values() for name in listing.classes} - set(classes)):
         raise ValueError(f"{source}: {splits[0]} has no class {other[0]!r}, and another split has; rename or remove")
+    if not classes:
+        raise ValueError(f"{source}: {splits[0]} has no class folders; put the images of each class into one")
     if not all(found[splits[0]].files):
         empty = classes[found[splits[0]].files.index(())]
         raise ValueError(f"{source}: {splits[0]}/{empty} has no images; add some or remove the folder")

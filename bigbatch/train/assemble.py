@@ -58,43 +58,63 @@ def assemble(
     """
     loader, preprocessing, told = feed(config, plan, runtime, preprocess=preprocess)
     with _closing(loader):
-        spec = loader.dataset.spec
-        spec = replace(spec, shape=preprocessing.shape(spec.shape)) if preprocessing else spec
-        task = build_task(config.task, spec)
-        if config.checkpoint.best not in task.metric_names:
-            raise ValueError(
-                f"checkpoint.best = {config.checkpoint.best!r}: no metric of this task; choose one of "
-                f"{task.metric_names}"
-            )
-
-        # The initial weights are a function of the seed alone, the same on every process.
-        torch.manual_seed(config.seed)
-        model = task.build_model().to(runtime.device, runtime.dtype)
-        model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
-        if config.norm.zero_init_residual:
-            zero_init_residual(model)
-        freeze(model, config.task.freeze)
-        strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
-        dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
-        strategy.start()
-        parts = Parts(
-            config=config,
-            plan=plan,
-            runtime=runtime,
-            task=task,
-            loader=loader,
-            model=model,
-            strategy=strategy,
-            stats=BatchStats(model),
-            scale=LossScale() if config.precision == "fp16" else None,
-            dropout=dropout,
-            own_buffers=own_buffers,
-            preprocessing=preprocessing,
-            warnings=(*told, *warnings),
-        )
+        parts = _build(config, plan, runtime, loader, preprocessing, told)
         if weights == "start":
             start(parts)
-        return parts
+    return parts
+
+
+@contextmanager
+def _closing(loader: Loader) -> Iterator[None]:
+    """A process that fails here could not end before those that read for it."""
+    try:
+        yield
+    except BaseException:
+        loader.close()
+        raise
+
+
+def _build(
+    config: RunConfig,
+    plan: Plan,
+    runtime: Runtime,
+    loader: Loader,
+    preprocessing: Preprocessing | None,
+    told: tuple[PlanWarning, ...],
+) -> Parts:
+    spec = loader.dataset.spec
+    spec = replace(spec, shape=preprocessing.shape(spec.shape)) if preprocessing else spec
+    task = build_task(config.task, spec)
+    if config.checkpoint.best not in task.metric_names:
+        raise ValueError(
+            f"checkpoint.best = {config.checkpoint.best!r}: no metric of this task; choose one of {task.metric_names}"
+        )
+
+    # The initial weights are a function of the seed alone, the same on every process.
+    torch.manual_seed(config.seed)
+    model = task.build_model().to(runtime.device, runtime.dtype)
+    model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
+    if config.norm.zero_init_residual:
+        zero_init_residual(model)
+    freeze(model, config.task.freeze)
+    strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
+    dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
+    strategy.start()
+    return Parts(
+        config=config,
+        plan=plan,
+        runtime=runtime,
+        task=task,
+        loader=loader,
+        model=model,
+        strategy=strategy,
+        stats=BatchStats(model),
+        scale=LossScale() if config.precision == "fp16" else None,
+        dropout=dropout,
+        own_buffers=own_buffers,
+        preprocessing=preprocessing,
+        warnings=(*told, *warnings),
+    )
 
 
 def feed(
@@ -117,16 +137,6 @@ def feed(
         preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
         loader.pipeline = _pipeline(config, data, preprocessing, runtime)
     return loader, preprocessing, told
-
-
-@contextmanager
-def _closing(loader: Loader) -> Iterator[None]:
-    """End the processes that read if the block fails: they would keep this one from its own end."""
-    try:
-        yield
-    except BaseException:
-        loader.close()
-        raise
 
 
 def _preprocessing(

@@ -92,7 +92,8 @@ def test_what_is_there_twice(recipe: str, capsys: Capture, monkeypatch: pytest.M
     assert found["columns"] == {"x": "float32 (4,)", "y": "float32"} and found["contact_sheet"] is None
 
 
-def test_what_cannot_be_read(recipe: str, tmp_path: Path, capsys: Capture) -> None:
+def test_what_cannot_be_read(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     for split in ("train", "val"):
         for number, name in enumerate(("cat", "dog")):
             folder = tmp_path / "images" / split / name

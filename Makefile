@@ -40,7 +40,7 @@ demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
 verify: $(READY)
-	@for recipe in configs/digits/*_*.yaml configs/fashion_mnist/*_*.yaml; do \
+	@for recipe in configs/digits/*_*.yaml configs/fashion_mnist/*_*.yaml $(if $(wildcard runs/data/kjv.txt),configs/kjv/*_*.yaml); do \
 		$(BIN)/bigbatch verify $$recipe --steps $(STEPS) || exit 1; \
 	done
 

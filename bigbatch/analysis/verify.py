@@ -180,7 +180,12 @@ def _notes(plans: list[Plan], traces: dict[str, Trace]) -> Iterable[str]:
     """What about the recipe depends on the layout, or was not reached, and what to set."""
     notes = dict.fromkeys(note for trace in traces.values() for note in trace.notes)
     plan, micros = plans[0], {plan.micro_batch for plan in plans}
-    if any(trace.has_statistics for trace in traces.values()) and not plan.bn_groups_fixed and len(micros) > 1:
+    if (
+        any(trace.has_statistics for trace in traces.values())
+        and plan.bn_span
+        and not plan.bn_groups_fixed
+        and len(micros) > 1
+    ):
         where = "batch norm is over each micro batch, whose size follows the layout"
         notes[f"norm.span = micro: {where}; set norm.span={math.gcd(*micros)}"] = None
     for grows, _ in plan.batches.stages[1:]:

@@ -88,7 +88,7 @@ class _Lenient:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import doctor, launch, shard, slurm
+    from . import data, doctor, launch, shard, slurm
 
     parser = argparse.ArgumentParser(prog="bigbatch", description="Large-batch training without guessing.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_to(verb)
     slurm.add_to(verb)
     shard.add_to(verb)
+    data.add_to(verb)
     verb("schema", _schema, "Print the JSON schema of a recipe.", recipe=False)
     from .checkpoint import add_checkpoint  # which needs what is above
 

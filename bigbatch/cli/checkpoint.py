@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from bigbatch import __version__
 from bigbatch.cli import FAILED, OK, _say, add_allow_custom
 from bigbatch.config import ConfigError, RunConfig, dump_config, load_config
-from bigbatch.config.models import Classification
+from bigbatch.config.models import Classification, CustomTask
+from bigbatch.custom import ALLOW
+from bigbatch.spec import Spec
 
 if TYPE_CHECKING:
     from bigbatch.data import Dataset
@@ -37,30 +39,26 @@ from safetensors.torch import load_file
 {build}
 model.load_state_dict(load_file("model.safetensors"))
 model.eval()
-{prepare}
+{usage}```
+"""
+IMAGES = """\
+{statistics}
+
+
+def preprocess(images):
+    {preprocess}
+
 
 images = torch.zeros(1, {shape}, dtype=torch.uint8)
 logits = model(preprocess(images))
-```
 """
-SHORT = """\
-mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))
+OTHER = """\
+from bigbatch.config import load_config
+from bigbatch.spec import Spec
+from bigbatch.tasks import build_task
 
-
-def preprocess(images):
-    return (images / 255 - mean) / std
-"""
-AFFINE = """\
-saved = load_file("preprocess.safetensors")  # float64
-
-
-def preprocess(images):
-    {affine}
-"""
-WHITEN = """\
-rows = (images * saved["scale"] + saved["shift"]).flatten(1)
-    matrix = saved["matrix"]
-    return (rows @ matrix.flatten(1)).view(-1, *matrix.shape[1:]).float()"""
+{note}task = build_task(load_config("config.yaml").task, {spec})
+model = task.build_model()"""
 
 
 def add_checkpoint(verbs: Any) -> None:
@@ -172,22 +170,17 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
-    from bigbatch.tasks import OWN
-
-    assert isinstance(config.task, Classification)
-    name, options, shape = config.task.model, config.task.options, dataset.spec.shape
-    preprocess, state = saved.preprocess(), saved.state
+    preprocess, state, shape = saved.preprocess(), saved.state, dataset.spec.shape
     gets = shape if "matrix" not in preprocess else tuple(preprocess["matrix"].shape[1:])
-    if name.startswith("timm/"):
-        arguments = f"{name.removeprefix('timm/')!r}, in_chans={shape[0]}, num_classes={dataset.spec.classes}"
-        build = f"import timm\n\nmodel = timm.create_model({arguments}, **{options})"
-    else:
-        arguments, own = f"shape={gets}, classes={dataset.spec.classes}", OWN[name].__name__
-        build = f"from bigbatch.tasks import {own}\n\nmodel = {own}({arguments}, **{options})"
+    name, build = _build(config, replace(dataset.spec, shape=gets), channels=shape[0])
     if config.norm.kind != "batch":
         norm = f"Norm(kind={config.norm.kind!r}, groups={config.norm.groups})"
         build = f"from bigbatch.config.models import Norm\nfrom bigbatch.norm import convert_norm\n{build}\n"
         build += f"convert_norm(model, norm={norm}, micro=1, neighbours=None)"
+    usage = ""
+    if preprocess:
+        statistics, code = _code(preprocess)
+        usage = IMAGES.format(statistics=statistics, preprocess=code, shape=", ".join(map(str, shape)))
     metrics = {f"validation {metric}": f"{value:.4g}" for metric, value in (state["metrics"] or {}).items()}
     decisions = json.loads((run / "plan.json").read_text(encoding="utf-8"))["decisions"]
     return CARD.format(
@@ -198,22 +191,43 @@ def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
         scores=_table(("metric", "value"), *metrics.items()),
         plan=_table(PLAN, *([each[key] for key in PLAN] for each in decisions)),
         build=build,
-        prepare=_prepare(preprocess),
-        shape=", ".join(map(str, shape)),
+        usage=usage,
     )
 
 
-def _prepare(preprocess: State) -> str:
-    """Code that preprocesses as the run did; that of mean and standard deviation needs no file."""
+def _build(config: RunConfig, spec: Spec, *, channels: int) -> tuple[str, str]:
+    """The model's name, and the code that makes it."""
+    from bigbatch.tasks import OWN
+
+    task = config.task
+    spec = replace(spec, names=())
+    if isinstance(task, CustomTask):
+        return task.target, OTHER.format(note=f"# runs the recipe's own code: set {ALLOW}=1\n", spec=spec)
+    if not isinstance(task, Classification):
+        return task.model, OTHER.format(note="", spec=spec)
+    if task.model.startswith("timm/"):
+        arguments = f"{task.model.removeprefix('timm/')!r}, in_chans={channels}, num_classes={spec.classes}"
+        return task.model, f"import timm\n\nmodel = timm.create_model({arguments}, **{task.options})"
+    arguments, own = f"shape={spec.shape}, classes={spec.classes}", OWN[task.model].__name__
+    return task.model, f"from bigbatch.tasks import {own}\n\nmodel = {own}({arguments}, **{task.options})"
+
+
+def _code(preprocess: State) -> tuple[str, str]:
+    """What preprocesses as the run did: where its statistics come from, and the body of a function of the images. Those
+    of whole channels need no file."""
     scale, shift = preprocess["scale"], preprocess["shift"]
-    if "matrix" in preprocess:
-        return AFFINE.format(affine=WHITEN).rstrip()
-    if scale.dim() < 3 or scale.shape[1:].numel() > 1:
-        return AFFINE.format(affine='return (images * saved["scale"] + saved["shift"]).float()').rstrip()
-    mean, std = (
-        [round(value, 12) for value in values.flatten().tolist()] for values in (-shift / scale / 255, 1 / scale / 255)
-    )
-    return SHORT.format(mean=mean, std=std).rstrip()
+    whiten = "matrix" in preprocess
+    if scale.dim() == 3 and scale.shape[1:].numel() == 1 and not whiten:
+        mean, std = ([round(v, 12) for v in t.flatten().tolist()] for t in (-shift / scale / 255, 1 / scale / 255))
+        statistics = f"mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ({mean}, {std}))"
+        return statistics, "return (images / 255 - mean) / std"
+    lines = ['images = images * saved["scale"] + saved["shift"]', "return images.float()"]
+    if whiten:
+        lines[1:1] = [
+            'matrix = saved["matrix"]',
+            "images = (images.flatten(1) @ matrix.flatten(1)).view(-1, *matrix.shape[1:])",
+        ]
+    return 'saved = load_file("preprocess.safetensors")', "\n    ".join(lines)
 
 
 def _table(head: Sequence[str], *rows: Sequence[str]) -> str:

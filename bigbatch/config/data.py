@@ -87,6 +87,14 @@ class _Images(_Data):
     )
     eval_transforms: tuple[Transform, ...] = Field((), description="Those of all other images.")
 
+    @field_validator("preprocess")
+    @classmethod
+    def _vectors_do_not_mix(cls, preprocess: Preprocess, info: ValidationInfo) -> Preprocess:
+        augment = info.data.get("augment")
+        if preprocess.whiten == "pca" and augment and (augment.mixup or augment.cutmix):
+            raise ValueError("pca gives vectors, and data.augment.mixup and cutmix mix images; use zca, or mix none")
+        return preprocess
+
 
 class Digits(_Images):
     name: Literal["digits"]

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from bigbatch.config.models import Text
 
 from .base import needs
-from .documents import SPLITS, documents, identity
-from .tokenizer import NAMES, make_tokenizer, special_tokens
+from .documents import SPLITS, documents, files
+from .tokenizer import NAMES, make_tokenizer, special_tokens, tokenizer_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,12 @@ def _folder(config: Text) -> Path:
     )  # fmt: skip
     with needs("text", "tokenizers"):
         tool = version("tokenizers")
-    key = json.dumps([FORMAT, tool, settings, identity(config)], sort_keys=True)
+    paths = [*files(config), *([tokenizer_file(config.tokenizer.path)] if config.tokenizer.path is not None else [])]
+    try:
+        known = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
+    except OSError as error:
+        raise ValueError(f"data: {error}; correct its name") from None
+    key = json.dumps([FORMAT, tool, settings, known], sort_keys=True)
     return Path(os.path.expanduser(config.cache), "text", hashlib.sha256(key.encode()).hexdigest()[:32])
 
 
@@ -128,7 +133,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _build(config: Text, folder: Path) -> Corpus:
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    part = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    part.mkdir()
     try:
         tokenizer = make_tokenizer(config.tokenizer, partial(documents, config))
         text = tokenizer.to_str()

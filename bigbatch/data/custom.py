@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigbatch.config.models import Augment, CustomData, Preprocess
+from bigbatch.config.models import Augment, CustomData
 from bigbatch.custom import load_target, told
 
 from .base import Batch, DataError, Dataset, Part, Split
@@ -33,7 +33,9 @@ def load_custom(config: CustomData, *, seed: int) -> Dataset:
         raise ValueError(f"{where}: is of kind text, whose masks are options of data.name = text; give kind plain")
     if dataset.kind == "plain":
         _check_plain(config, where)
-    train, validation, test = (CustomPart(dataset.part(split), split, config.target, dataset.kind) for split in SPLITS)
+    transformed = config.transforms or config.eval_transforms
+    image = None if dataset.kind == "plain" else () if transformed else dataset.spec.shape
+    train, validation, test = (CustomPart(dataset.part(split), split, config.target, image) for split in SPLITS)
     first = torch.zeros(1, dtype=torch.int64)
     for part in (train, validation, test):
         if not len(part):
@@ -44,12 +46,15 @@ def load_custom(config: CustomData, *, seed: int) -> Dataset:
 
 @dataclass(frozen=True, eq=False)
 class CustomPart:
-    """A part of the user's, each batch of which is looked at. Raises `DataError` that names it."""
+    """A part of the user's, each batch of which is looked at. Raises `DataError` that names it.
+
+    image: the shape of its images, () where that is not known; None where it has none.
+    """
 
     part: Part
     split: Split
     target: str
-    kind: str
+    image: tuple[int, ...] | None
 
     def __len__(self) -> int:
         with told(KEY, self.target, f"len() of its {self.split} part", error=DataError):
@@ -76,11 +81,14 @@ class CustomPart:
         for name, column in batch.items():
             if column.device.type != "cpu" or column.shape[:1] != (rows,):
                 return f"{name} {_what(column)}; return tensors of the CPU with a row for each of {rows} samples"
-        image = batch.get("image")
-        if self.kind == "image" and (image is None or image.dtype != torch.uint8 or image.dim() != 4):
-            found = "no image" if image is None else f"image {_what(image)}"
-            return f"{found}; samples of kind image have an image, uint8 (B, C, H, W); other kinds are plain"
-        return None
+        if self.image is None:
+            return None
+        image = batch.get("image", torch.empty(0))
+        if image.dtype == torch.uint8 and image.dim() == 4 and image.shape[1:] == (self.image or image.shape[1:]):
+            return None
+        shape = self.image or ("C", "H", "W")
+        found = f"image {_what(image)}" if "image" in batch else "no image"
+        return f"{found}; give images as uint8 (B, {', '.join(map(str, shape))}), or another kind than image"
 
 
 def _what(tensor: Tensor) -> str:
@@ -92,7 +100,7 @@ def _some(index: Tensor) -> str:
 
 
 def _check_plain(config: CustomData, where: str) -> None:
-    unused = {"augment": Augment(), "preprocess": Preprocess(), "transforms": (), "eval_transforms": ()}
+    unused = {"augment": Augment(), "transforms": (), "eval_transforms": ()}
     for key, default in unused.items():
         if getattr(config, key) != default:
             raise ValueError(f"data.{key}: is for images, and {where} gives samples of kind plain; remove it")

@@ -37,18 +37,11 @@ def documents(config: Text, split: Literal["train", "validation", "test"] = "tra
             yield document
 
 
-def identity(config: Text) -> list[Any]:
-    """What changes when the text does: names, sizes and times of its files, and what is in its tokenizer's."""
-    found: list[Path] = []
-    if config.hub is None:
-        for split in SPLITS:
-            if not isinstance(getattr(config, split), float):
-                found += _files(config, split)
-    elif (folder := Path(os.path.expanduser(config.hub))).is_dir():
-        found = sorted(path for path in folder.rglob("*") if path.is_file())
-    if config.tokenizer.path is not None:
-        found.append(Path(os.path.expanduser(config.tokenizer.path)))
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path in found if (stat := path.stat())]
+def files(config: Text) -> list[Path]:
+    """All that are at hand: none of a dataset on the hub. Raises ValueError for a name that stands for none."""
+    if config.hub is not None:
+        return sorted(path for path in Path(os.path.expanduser(config.hub)).rglob("*") if path.is_file())
+    return [path for split in SPLITS if not isinstance(getattr(config, split), float) for path in _files(config, split)]
 
 
 def _place(number: int) -> float:

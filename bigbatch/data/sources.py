@@ -95,9 +95,10 @@ def load_data(config: Data, *, seed: int) -> Dataset:
         case CustomData():
             from .custom import load_custom
 
-            return load_custom(config, seed=seed)  # whose size is the plan's, or an error
-    size = size_of(config)  # which has its say on data.size
-    assert len(dataset.train) == size
+            dataset = load_custom(config, seed=seed)
+    if not isinstance(config, CustomData):  # whose size is the plan's, or an error
+        size = size_of(config)  # which has its say on data.size
+        assert len(dataset.train) == size
     if isinstance(config, Digits | Idx | Synthetic | CustomData) and (config.transforms or config.eval_transforms):
         from .transforms import transformed
 

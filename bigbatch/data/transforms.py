@@ -59,11 +59,11 @@ class Transforms:
                 image = step(image)
         except Exception as error:
             raise DataError(f"{self.key}: fails on an image of {height} × {width} pixels ({error})") from error
-        if image.dtype != torch.uint8 or image.shape != self.shape:
+        if not (isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape == self.shape):
+            what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise DataError(
-                f"{self.key}: makes {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)} of an image of "
-                f"{height} × {width} pixels, where the model gets uint8 {self.shape}; resize and crop to that, and "
-                "leave floats to data.preprocess"
+                f"{self.key}: makes {what.removeprefix('torch.')} of an image of {height} × {width} pixels, where the "
+                f"model gets uint8 {self.shape}; resize and crop to that, and leave floats to data.preprocess"
             )
         return image
 

@@ -46,7 +46,10 @@ def resolve(config: RunConfig, *, world_size: int, dataset_size: int) -> Plan:
         accumulation,
         "global batch / (processes × micro batch); gradients are exchanged once per update",
     )
-    span, why, source = choose_span(config.norm, micro=micro, world_size=world_size)
+    if isinstance(config.task, m.MaskedLM | m.CausalLM):
+        span, why, source = None, "language models have no batch norm", "recipe"
+    else:
+        span, why, source = choose_span(config.norm, micro=micro, world_size=world_size)
     decide("bn_span", span if span else "none", why, source)
 
     decide("strategy", *describe_strategy(config.parallel, world_size=world_size))

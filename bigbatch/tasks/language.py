@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,14 +46,8 @@ class LanguageTask:
         Raises ValueError if the type or an option is unknown, if they do not go together or with the data, or if the
         model of a causal_lm sees the tokens that it is to predict.
         """
+        masked, kind, settings = self.config.name == "masked_lm", self._kind(), self._settings()
         try:
-            from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-        except ImportError as error:
-            raise ValueError(f"task.model: transformers is missing ({error}); pip install 'bigbatch[text]'") from None
-        masked = self.config.name == "masked_lm"
-        settings = self._settings()
-        try:
-            kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
             model: nn.Module = kind.from_config(settings)
             self._try(model.eval())
         except Exception as error:
@@ -63,26 +58,52 @@ class LanguageTask:
             head.register_forward_pre_hook(self._narrow)
         return model.train()
 
+    def pretrained(self) -> dict[str, Tensor]:
+        """Those of a name on the hub or of a folder, as safetensors; what they lack is left out."""
+        what = f"task.weights = pretrained: {self.config.model}"
+        try:
+            model, found = self._kind().from_pretrained(
+                self.config.model.removeprefix(PREFIX),
+                config=self._settings(),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as error:  # of the network, of files, of another vocabulary
+            raise ValueError(
+                f"{what} cannot be had for this vocabulary of {self.spec.classes} ({error}); set data.tokenizer.path "
+                "to the model's own, and see that it has safetensors"
+            ) from error
+        return {name: tensor for name, tensor in model.state_dict().items() if name not in found["missing_keys"]}
+
+    def _kind(self) -> Any:
+        try:
+            from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        except ImportError as error:
+            raise ValueError(f"task.model: transformers is missing ({error}); pip install 'bigbatch[text]'") from None
+        return AutoModelForMaskedLM if self.config.name == "masked_lm" else AutoModelForCausalLM
+
     def _settings(self) -> Any:
-        """The configuration, from the type's own, the data and the options."""
+        """The configuration, from the type's own or that of pretrained weights, the data and the options."""
         from transformers import AutoConfig
 
-        config, ids = self.config, self.spec.special
-        name = config.model.removeprefix(PREFIX)
+        config, ids, make = self.config, self.spec.special, AutoConfig.for_model
+        name, form = config.model.removeprefix(PREFIX), f"{PREFIX}TYPE, such as {PREFIX}bert"
+        if config.weights == "pretrained":
+            make = partial(AutoConfig.from_pretrained, trust_remote_code=False)
+            form = f"{PREFIX}NAME of the hub, or a folder's"
         try:
-            default = AutoConfig.for_model(name)
-        except (ValueError, KeyError) as error:
+            default = make(name)
+        except (OSError, ValueError, KeyError) as error:
             message = str(error).partition(". Should")[0]
-            raise ValueError(
-                f"task.model = {config.model!r}: unknown ({message}); write {PREFIX}TYPE, such as {PREFIX}bert"
-            ) from None
+            raise ValueError(f"task.model = {config.model!r}: unknown ({message}); write {form}") from None
         given: dict[str, Any] = {"vocab_size": self.spec.classes, "use_cache": False}
         given |= {f"{name}_token_id": ids.get(role) for name, role in ROLES.items()}
         for key in config.options:
             if key in given or not hasattr(default, key):
                 why = "follows from the data" if key in given else f"no option of {name}"
                 raise ValueError(f"task.options.{key} = {config.options[key]!r}: {why}; remove it")
-        return AutoConfig.for_model(name, **{k: v for k, v in given.items() if hasattr(default, k)}, **config.options)
+        return make(name, **{k: v for k, v in given.items() if hasattr(default, k)}, **config.options)
 
     @torch.no_grad()
     def _try(self, model: nn.Module) -> None:
@@ -91,10 +112,9 @@ class LanguageTask:
         tokens[1, -1] = 1
         try:
             logits = model(input_ids=tokens).logits
-        except IndexError:
-            raise ValueError(
-                f"does not take rows of data.length = {length} (many have max_position_embeddings)"
-            ) from None
+        except Exception as error:  # each model has its own
+            what = f"does not take rows of data.length = {length} ({error!r}; many have max_position_embeddings)"
+            raise ValueError(what) from error
         if logits.shape != (2, length, self.spec.classes):
             raise ValueError(f"gives {tuple(logits.shape)} for two rows of {length} of {self.spec.classes} tokens")
         if self.config.name == "causal_lm" and not logits[0, :-1].equal(logits[1, :-1]):

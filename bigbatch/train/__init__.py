@@ -1,6 +1,6 @@
 """Training: assemble the parts, take steps, evaluate, save, go on."""
 
-from .assemble import assemble
+from .assemble import assemble, feed
 from .checkpoint import open_newest
 from .evaluate import evaluate, unreadable
 from .guard import check_ranks, fingerprints
@@ -19,6 +19,7 @@ __all__ = [
     "assemble",
     "check_ranks",
     "evaluate",
+    "feed",
     "fingerprints",
     "open_checkpoint",
     "open_newest",

@@ -56,20 +56,9 @@ def assemble(
     Raises ValueError for what only the data or the model can tell is wrong: a missing file, an unknown model, a group
     rule that matches nothing.
     """
-    with runtime.first_on_this_machine():
-        data = load_data(config.data, seed=config.seed)
-    _check_size(data, plan)
-    loader = Loader(
-        data,
-        stream=Stream(
-            plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples, shuffle=config.data.shuffle
-        ),
-        pipeline=PlainPipeline(seed=config.seed, device=runtime.device, dtype=torch.float64),
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-    )
-    preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
-    spec = replace(data.spec, shape=preprocessing.shape(data.spec.shape)) if preprocessing else data.spec
+    loader, preprocessing, told = feed(config, plan, runtime, preprocess=preprocess)
+    spec = loader.dataset.spec
+    spec = replace(spec, shape=preprocessing.shape(spec.shape)) if preprocessing else spec
     task = build_task(config.task, spec)
     if config.checkpoint.best not in task.metric_names:
         raise ValueError(
@@ -83,7 +72,6 @@ def assemble(
     if config.norm.zero_init_residual:
         zero_init_residual(model)
     freeze(model, config.task.freeze)
-    loader.pipeline = _pipeline(config, data, preprocessing, runtime)
     strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
     dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
     strategy.start()
@@ -105,6 +93,27 @@ def assemble(
     if weights == "start":
         start(parts)
     return parts
+
+
+def feed(
+    config: RunConfig, plan: Plan, runtime: Runtime, *, preprocess: State | None = None
+) -> tuple[Loader, Preprocessing | None, tuple[PlanWarning, ...]]:
+    """What the model is fed by, how its images are preprocessed, and warnings of that. Raises ValueError likewise."""
+    with runtime.first_on_this_machine():
+        data = load_data(config.data, seed=config.seed)
+    _check_size(data, plan)
+    loader = Loader(
+        data,
+        stream=Stream(
+            plan.dataset_size, seed=config.seed, epoch_samples=plan.epoch_samples, shuffle=config.data.shuffle
+        ),
+        pipeline=PlainPipeline(seed=config.seed, device=runtime.device, dtype=torch.float64),
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
+    preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
+    loader.pipeline = _pipeline(config, data, preprocessing, runtime)
+    return loader, preprocessing, told
 
 
 def _preprocessing(

@@ -95,6 +95,8 @@ def _train(parts: Parts, stop: StopSignal, lease: Lease) -> dict[str, Any]:
         _write(run / "plan.json", parts.plan.to_json())
         if parts.preprocessing:
             _write(run / PREPROCESS, save(parts.preprocessing.state))
+        if tokenizer := parts.loader.dataset.tokenizer:
+            _write(run / "tokenizer.json", tokenizer)
         checkpoints.set_aside(saved)
         return None
 
@@ -253,6 +255,7 @@ def _save(session: Session, metrics: Metrics | None, *, late: bool = False) -> N
         "owner": session.lease.owner,
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
+        "data": parts.loader.dataset.digest,
     }
     session.trackers.sync()  # what the checkpoint has taken, the metrics have
     preprocess = parts.preprocessing.state if parts.preprocessing else None

@@ -63,6 +63,8 @@ def restore(parts: Parts, saved: Saved) -> Clock:
     """Load a checkpoint and return where it was taken. ConfigError where it is of another run."""
     state = saved.state
     _check_same_run(parts.config, state["recipe"], saved.path)
+    if (digest := parts.loader.dataset.digest) != state.get("data", digest):
+        raise ConfigError(f"data: its content or tokenizer is not what {saved.path} was trained on; give a new run.dir")
     parts.strategy.load(saved.model(), saved.optimizer())
     if parts.preprocessing:
         parts.preprocessing.load(saved.preprocess())

@@ -25,13 +25,9 @@ from safetensors.torch import load_file
 from .state import RunError
 
 State = dict[str, Any]
-MODEL, OPTIMIZER, PREPROCESS, STATE, MANIFEST = FILES = (
-    "model.safetensors",
-    "optimizer.pt",
-    "preprocess.safetensors",
-    "state.json",
-    "manifest.json",
-)
+MODEL, OPTIMIZER, PREPROCESS = "model.safetensors", "optimizer.pt", "preprocess.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
+FILES = (MODEL, OPTIMIZER, PREPROCESS, STATE, MANIFEST)
 DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 """Errors of a file that is not what was saved. Any other may be gone the next time."""
 
@@ -60,6 +56,7 @@ class Saved:
         return self._load(OPTIMIZER, lambda path: torch.load(path, weights_only=True, map_location="cpu"))
 
     def preprocess(self) -> State:
+        """What `bigbatch.data.Preprocessing` is made of; nothing where nothing is preprocessed."""
         return self._load(PREPROCESS, load_file)
 
     def _load(self, name: str, load: Callable[[Path], State]) -> State:

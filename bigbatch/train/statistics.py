@@ -60,10 +60,8 @@ def fit(
 
 def _known(config: Preprocess, data: Dataset) -> Statistics | None:
     """Of a dataset that has them beforehand, where no others are asked for."""
-    asked = {config.center, config.scale} - {"none", "channel"}
-    if data.mean is None or data.std is None or asked or config.rescale == "minmax":
-        return None
-    if config.whiten != "none" or config.samples != "all":
+    by_channel = {config.center, config.scale} <= {"none", "channel"} and config.rescale != "minmax"
+    if not by_channel or config.whiten != "none" or config.samples != "all" or data.mean is None or data.std is None:
         return None
     mean, std = (values.view(-1, *[1] * (len(data.spec.shape) - 1)) for values in (data.mean, data.std))
     return Statistics(mean, std**2)

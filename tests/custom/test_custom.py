@@ -150,10 +150,10 @@ def load(target: str = "rows", **settings: object) -> Dataset:
         ({"options": {"wrong": "rows"}}, r"gather\(\) of its train part gives x float32 \(0, 3\) on cpu; return"),
         ({"options": {"count": 0}}, "its train part has no sample"),
         ({"options": {"kind": "text"}}, "kind plain"),
-        ({"options": {"kind": "image"}}, "no image; samples of kind image have"),
-        ({"options": {"kind": "image", "wrong": "floats"}}, r"image float32 \(1, 1, 8, 8\) on cpu; samples"),
+        ({"options": {"kind": "image"}}, "no image; give images as uint8"),
+        ({"options": {"kind": "image", "wrong": "floats"}}, r"image float32 \(1, 1, 8, 8\) on cpu; give"),
         ({"augment": {"flip": True}}, "data.augment: is for images, and .* of kind plain; remove it"),
-        ({"preprocess": {"whiten": "zca"}}, "data.preprocess: is for images"),
+        ({"transforms": ["RandomHorizontalFlip"]}, "data.transforms: is for images"),
     ],
 )
 def test_datasets_that_are_none(settings: dict[str, object], reason: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -25,11 +27,12 @@ def dataset(root, **changes):
     return load_data(Folder(name="folder", path=str(root), **options), seed=5)
 
 
-def spoil(root, *, split="train"):
+def spoil(root):
     """Every kind of bad file in the place of an image of the first class; and a PNG that is called .jpg."""
-    for i, (data, _) in enumerate(BAD.values()):
-        (root / split / "cat" / f"{2 * i:02d}.jpg").write_bytes(data)
-    (root / split / "dog" / "00.jpg").write_bytes(encoded(pixels(1000), "PNG"))
+    for part, skipped in (("train", 0), ("val", 2)):
+        for i, (data, _) in enumerate([*BAD.values()][skipped:]):
+            (root / part / "cat" / f"{2 * i:02d}.jpg").write_bytes(data)
+    (root / "train" / "dog" / "00.jpg").write_bytes(encoded(pixels(1000), "PNG"))
     return root
 
 
@@ -41,19 +44,22 @@ def loader(data, *, workers=0) -> Loader:
     )
 
 
-def epochs_on(rank, world, root, workers, options):
-    """Two epochs in windows of 10 and the validation part, as one of ``world`` processes gets them."""
-    made = loader(dataset(root, **options), workers=workers)
+def epochs_on(rank, world, root, workers):
+    """Two epochs in windows of 10 and the validation part, as one of ``world`` processes gets them; and what it could
+    not read, and what it says of the first such file if it is not told to skip it."""
+    made, strict = (loader(dataset(root, unreadable=way), workers=workers) for way in ("skip", "fail"))
     size = len(made.dataset.train)
     windows = [range(at, at + 10) for at in range(0, 2 * size, 10)]
     shares = [(w[len(w) * rank // world : len(w) * (rank + 1) // world], w) for w in windows]
     made.follow(iter(shares))
-    try:
-        train = [made.train(share, window=window) for share, window in shares]
-        held = list(made.evaluate("validation", rank=rank, world_size=world, batch=4))
-    finally:
-        made.close()
-    return train, held, made.reader.problems
+    train = [made.train(share, window=window) for share, window in shares]
+    held = list(made.evaluate("validation", rank=rank, world_size=world, batch=4))
+    with pytest.raises(DataError) as caught:
+        for share, window in shares:
+            strict.train(share, window=window)
+    for each in (made, strict):
+        each.close()
+    return train, held, made.reader.problems, str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +69,36 @@ def clean(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spoiled(tmp_path_factory):
-    return spoil(spoil(write_folder(tmp_path_factory.mktemp("spoiled"))), split="val")
+    return spoil(write_folder(tmp_path_factory.mktemp("spoiled")))
 
 
 def joined(pieces, name):
     return torch.cat([piece[name] for piece in pieces])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+def same(parts, whole):
+    """Whether what several processes got is together what one got."""
+    train, held, problems, _ = whole
+    for step, batch in enumerate(train):
+        assert all(torch.equal(joined([part[0][step] for part in parts], name), batch[name]) for name in batch)
+    pieces = [batch for part in parts for batch in part[1]]
+    assert all(torch.equal(joined(pieces, name), joined(held, name)) for name in held[0])
+    return {name: why for part in parts for name, why in part[2].items()} == problems
+
+
+@pytest.mark.parametrize("workers", [0, *(pytest.param(n, marks=pytest.mark.cluster) for n in (1, 3))])
 def test_two_processes_see_what_one_does_and_say_what_they_could_not_read(spoiled, workers):
-    options = {"unreadable": "skip"}
-    train, held, problems = epochs_on(0, 1, spoiled, 0, options)
-    ranks = run_ranks(2, epochs_on, 2, spoiled, workers, options)
-    for step, whole in enumerate(train):
-        for name in whole:
-            assert torch.equal(joined([ranks[r][0][step] for r in range(2)], name), whole[name])
-    for name in held[0]:
-        assert torch.equal(joined(ranks[0][1] + ranks[1][1], name), joined(held, name))
-    assert ranks[0][2] | ranks[1][2] == problems
-    bad = {str(spoiled / part / "cat" / f"{2 * i:02d}.jpg") for i in range(5) for part in ("train", "val")}
-    assert problems.keys() == bad
+    alone = epochs_on(0, 1, spoiled, 0)
+    ranks = run_ranks(2, epochs_on, 2, spoiled, workers)
+    assert same(ranks, alone)
+    bad = {"train": len(BAD), "val": len(BAD) - 2}
+    assert sorted(alone[2]) == [str(spoiled / p / "cat" / f"{2 * i:02d}.jpg") for p, n in bad.items() for i in range(n)]
+    for *_, message in (alone, *ranks):
+        assert re.match(rf"{spoiled}/train/cat/0[02468]\.jpg: cannot be read \(.*data\.unreadable=skip", message)
+
+
+def test_workers_change_nothing(spoiled):
+    assert same([epochs_on(0, 1, spoiled, 2)], epochs_on(0, 1, spoiled, 0))
 
 
 def test_in_training_the_next_that_can_be_read_takes_its_place(spoiled):
@@ -111,12 +127,6 @@ def test_evaluation_leaves_out_what_cannot_be_read(spoiled):
     assert len(part.gather(torch.tensor([0, 2]))["index"]) == 0
 
 
-def failing_on(rank, root, workers):
-    with pytest.raises(DataError) as caught:
-        epochs_on(rank, 2, root, workers, {})
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_ends_the_run_with_its_name_and_reason(tmp_path, name):
     root = write_folder(tmp_path, train=3)
@@ -126,13 +136,11 @@ def test_a_bad_file_ends_the_run_with_its_name_and_reason(tmp_path, name):
         dataset(root).train.gather(torch.arange(6))
 
 
-def test_a_bad_file_ends_every_process_that_meets_it(tmp_path):
+def test_a_folder_of_nothing_but_bad_files_ends_the_run(tmp_path):
     root = write_folder(tmp_path, train=3)
-    for name in ("cat", "dog"):
-        for i in range(3):
-            (root / "train" / name / f"{i:02d}.jpg").write_bytes(b"")
-    assert all("the file is empty" in message for message in run_ranks(2, failing_on, root, 1))
-    with pytest.raises(DataError, match="none of 6 images can be read"):
+    for path in (root / "train").glob("*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of 6 images can be read, such as .*00\.jpg"):
         dataset(root, unreadable="skip").train.gather(torch.arange(2), torch.zeros(2, dtype=torch.int64))
 
 
@@ -175,7 +183,8 @@ def test_the_default_transforms_are_those_of_imagenet(clean):
     image = torch.from_numpy(np.array(Image.open(clean / "val" / "cat" / "00.jpg")))
     expected = v2.CenterCrop(24)(v2.Resize([27, 27])(image.permute(2, 0, 1)))
     assert torch.equal(data.validation.gather(torch.tensor([0]))["image"][0], expected)
-    assert data.test.source is data.validation.source
+    index = torch.arange(len(data.test))
+    assert torch.equal(data.test.gather(index)["image"], data.validation.gather(index)["image"])
 
 
 @pytest.mark.parametrize(

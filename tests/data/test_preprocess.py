@@ -200,6 +200,12 @@ def test_settings_that_contradict_each_other(options):
         Preprocess(**options)
 
 
+def test_vectors_are_not_mixed():
+    with pytest.raises(ValueError, match=r"pca gives vectors, and data\.augment\.mixup"):
+        Digits(name="digits", preprocess={"whiten": "pca"}, augment={"mixup": 0.2})
+    Digits(name="digits", preprocess={"whiten": "zca"}, augment={"mixup": 0.2})
+
+
 def test_whitening_centres_by_feature_unless_told_otherwise():
     config = Preprocess(whiten="zca")
     assert config.center == "feature"

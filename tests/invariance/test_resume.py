@@ -27,7 +27,10 @@ RECIPE: dict[str, Any] = {
         "name": "classification", "model": "bigbatch/resnet_small", "options": {"widths": [4, 8]},
         "class_weights": [1, 2, 1, 1, 1, 0.5, 1, 1, 3, 1],
     },
-    "data": {"name": "digits", "augment": {"shift": 1, "erase": 0.3, "mixup": 0.3, "cutmix": 1.0}, "shuffle": 300},
+    "data": {
+        "name": "digits", "augment": {"shift": 1, "erase": 0.3, "mixup": 0.3, "cutmix": 1.0}, "shuffle": 300,
+        "preprocess": {"whiten": "zca", "eps": 0.1},
+    },
     "checkpoint": {"every": "1ep"},
     "tracking": {"console": "none"},
     "precision": "fp64",

@@ -34,7 +34,10 @@ CASES = {
     "no such folder": (["data={name: idx, path: /nonexistent}"], ["data.path", "/nonexistent", "download"]),
     "unknown model": (["task.model=timm/resnet_18"], ["task.model", "timm/resnet_18", "resnet18"]),
     "model of nobody": (["task.model=resnet18"], ["task.model", "resnet18", "timm/"]),
-    "weights from a file": (["task.options={checkpoint_path: a.pth}"], ["task.options.checkpoint_path", "no weights"]),
+    "weights from a file": (
+        ["task.options={checkpoint_path: a.pth}"],
+        ["task.options.checkpoint_path", "task.weights"],
+    ),
     "unknown model option": (["task.options={depth: 3}"], ["task.options", "depth"]),
     "rule that matches nothing": (
         ["optim.groups=[{match: nonsense}, {match: rest}]"],

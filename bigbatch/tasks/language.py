@@ -117,7 +117,8 @@ class LanguageTask:
             raise ValueError(what) from error
         if logits.shape != (2, length, self.spec.classes):
             raise ValueError(f"gives {tuple(logits.shape)} for two rows of {length} of {self.spec.classes} tokens")
-        if self.config.name == "causal_lm" and not logits[0, :-1].equal(logits[1, :-1]):
+        seen = (logits[0] - logits[1])[:-1].abs().max() > 1e-5 * logits.abs().max()  # more than rounding
+        if self.config.name == "causal_lm" and seen:
             raise ValueError("sees the tokens that a causal_lm predicts (BERT's kind needs is_decoder: true)")
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def test_the_same_run_in_every_layout(recipe: dict[str, Any], objective: str) ->
 
 
 def test_a_run_goes_on_with_its_text_and_not_with_another(
-    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -71,6 +71,13 @@ def test_a_run_goes_on_with_its_text_and_not_with_another(
     assert set(summaries[0]["metrics"]) >= {"loss", "perplexity", "accuracy", "validation_loss"}
     vocabulary = json.loads((run / "tokenizer.json").read_text())["model"]["vocab"]
     assert "water" in vocabulary and "river" not in vocabulary
+
+    assert main(["checkpoint", "export", str(run), str(tmp_path / "model")]) == 0
+    code = (tmp_path / "model" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path / "model")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["logits"].shape[::2] == (1, len(vocabulary))
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,14 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
         parts = assemble(config, plan, runtime)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    try:
+        return _steps(parts, folder, role)
+    finally:
+        parts.loader.close()  # this process could not end before those that read for it
+
+
+def _steps(parts: Parts, folder: Path, role: Role) -> Trace:
+    plan, runtime = parts.plan, parts.runtime
     if role == "jolted":
         for parameter in parts.model.parameters():
             mine = part(parameter)
@@ -88,9 +96,9 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
             trace.ranks = clock.step, odd
         merged = clock.step == 1 or clock.samples >= plan.samples
         if merged:
-            parts.stats.merge(runtime.sum, rank)
+            parts.stats.merge(runtime.sum, runtime.rank)
         state = parts.strategy.model_state()
-        if rank == 0:
+        if runtime.rank == 0:
             weights = {name: state[name] for name, _ in parts.model.named_parameters()}
             running = {name: state[name] for name, _ in parts.model.named_buffers() if merged and name in state}
             file = folder / f"{clock.step}.safetensors"
@@ -101,7 +109,6 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
             trace.statistics.append(_difference(running, known))
             if sys.stderr.isatty():
                 print(f"\r{clock.step} of {plan.steps} steps ", end="", file=sys.stderr, flush=True)
-    parts.loader.close()
     return trace
 
 

@@ -52,6 +52,11 @@ def preprocess(images):
 images = torch.zeros(1, {shape}, dtype=torch.uint8)
 logits = model(preprocess(images))
 """
+TEXT = """\
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokens = torch.tensor([[{cls}, *tokenizer.encode("in the beginning", add_special_tokens=False).ids]])
+logits = model(input_ids=tokens).logits
+"""
 OTHER = """\
 from bigbatch.config import load_config
 from bigbatch.spec import Spec
@@ -181,6 +186,9 @@ def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
         build = f"from bigbatch.config.models import Norm\nfrom bigbatch.norm import convert_norm\n{build}\n"
         build += f"convert_norm(model, norm={norm}, micro=1, neighbours=None)"
     usage = ""
+    if dataset.tokenizer:
+        build = f"from tokenizers import Tokenizer\n{build}"
+        usage = TEXT.format(cls=dataset.spec.special["cls"])
     if preprocess:
         statistics, code = _code(preprocess)
         usage = IMAGES.format(statistics=statistics, preprocess=code, shape=", ".join(map(str, shape)))

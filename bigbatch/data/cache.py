@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,20 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is at ``path`` once all of it is."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Cache:
@@ -65,7 +80,8 @@ class Cache:
             if not path.exists():
                 with locked(path.with_name("lock")):
                     if not path.exists():
-                        save_rows(path, make())
+                        with whole(path) as file:
+                            np.save(file, make(), allow_pickle=False)
             found: Rows = np.load(path, allow_pickle=False)
             return found
 
@@ -79,18 +95,17 @@ class Cache:
     def _fetch(self, url: str, path: Path, *, size: int | None, sha256: str | None) -> None:
         if not self.fetch:
             raise DataError(f"{url} is not here yet")
-        part = path.with_name(f"{path.name}.part")
         for pause in (*PAUSES, None):
-            reason = _transfer(url, part, size=size, sha256=sha256)
-            if not reason:
-                part.replace(path)
-                self._drop(path)
-                return
-            if reason == REFUSED or pause is None:
+            try:
+                with whole(path) as file:
+                    _transfer(url, file, size=size, sha256=sha256)
+            except ConnectionError as error:
+                if pause is None or str(error) == REFUSED:
+                    raise DataError(f"{url} cannot be fetched: {error}") from None
+                time.sleep(pause)
+            else:
                 break
-            time.sleep(pause)
-        part.unlink(missing_ok=True)
-        raise DataError(f"{url} cannot be fetched: {reason}")
+        self._drop(path)
 
     def _drop(self, newest: Path) -> None:
         """Make room for what comes next. Files that a process has open stay readable to it."""
@@ -108,44 +123,28 @@ class Cache:
                 path.unlink(missing_ok=True)
 
 
-def save_rows(path: Path, rows: Rows) -> None:
-    """Write an array so that it is there whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        np.save(file, rows, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _transfer(url: str, part: Path, *, size: int | None, sha256: str | None) -> str:
-    """Fetch ``url`` into ``part``, and tell what is wrong with it, if anything."""
+def _transfer(url: str, file: BinaryIO, *, size: int | None, sha256: str | None) -> None:
+    """Fetch ``url`` into ``file``; ConnectionError where it does not come, or is not what it should be."""
     with needs("images", "webdataset"):
         from webdataset.gopen import gopen, gopen_schemes
-    digest = hashlib.sha256()
-    stream = None
+    digest, stream = hashlib.sha256(), None
     try:
-        with part.open("wb") as file, (stream := gopen(url)):
+        with (stream := gopen(url)):
             source = getattr(stream, "stream", stream).fileno()
             ready = select.poll()
             ready.register(source)
-            while ready.poll(SILENCE * 1000):
-                if not (chunk := os.read(source, 2**20)):
-                    break
+            while chunk := os.read(source, 2**20) if ready.poll(SILENCE * 1000) else None:
                 digest.update(chunk)
                 file.write(chunk)
-            else:
+            if chunk is None:
                 stream.proc.kill()
                 stream.ignore_errors = True
-                return f"nothing has come for {SILENCE:g} s"
-            file.flush()
-            os.fsync(file.fileno())
-        found = part.stat().st_size
+                raise ConnectionError(f"nothing has come for {SILENCE:g} s")
     except ValueError:
         schemes = ", ".join(scheme for scheme in gopen_schemes if scheme not in ("__default__", "pipe"))
         raise ValueError(f"{url}: webdataset opens {schemes}; or fetch the file, and give its path") from None
     except OSError as error:
-        return CURL.get(getattr(stream, "status", 0), str(error))
-    if (size or found, sha256 or digest.hexdigest()) != (found, digest.hexdigest()):
-        return f"{found} bytes came that are not the {size} of its index.json"
-    return ""
+        raise ConnectionError(CURL.get(getattr(stream, "status", 0), str(error))) from None
+    found = file.tell(), digest.hexdigest()
+    if found != (size or found[0], sha256 or found[1]):
+        raise ConnectionError(f"{found[0]} bytes came that are not the {size} of its index.json")

@@ -49,15 +49,9 @@ class HubSource:
         return replace(self, rows=self.rows[chosen], labels=self.labels[torch.from_numpy(chosen)])
 
 
-def hub_size(config: Hub) -> int:
-    """Training samples; ``data.size`` where nothing is here to count them. Without torch."""
-    try:
-        size = len(_table(config, "train", fetch=config.size is None))
-    except ValueError:
-        if config.size is None:
-            raise
-        return config.size
-    return size - int(held_out(size, config.validation).sum()) if isinstance(config.validation, float) else size
+def hub_size(config: Hub, *, fetch: bool) -> int:
+    """Samples of all the training split; without ``fetch``, ValueError where it is not on this machine."""
+    return len(_table(config, "train", fetch=fetch))
 
 
 def load_hub(config: Hub) -> tuple[list[HubSource], tuple[str, ...]]:

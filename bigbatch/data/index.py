@@ -27,6 +27,8 @@ INDEX, ROWS, UNFINISHED, FORMAT = "index.json", "index.npy", "unfinished.json", 
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 """A member's key and extension, as WebDataset parts them: at the first dot."""
 
+URL = re.compile(r"(?!pipe:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # webdataset's pipe: would run a command
+
 ROW = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i4")])
 """Where in its shard a sample's image begins, its bytes, and its class, or -1 - i for ``FAULTS[i]``."""
 FAULTS = (
@@ -51,7 +53,7 @@ class Shard:
 
     @property
     def remote(self) -> bool:
-        return is_url(self.path)
+        return URL.match(self.path) is not None
 
     def open(self, cache: Cache) -> int:
         """A descriptor to read from. Raises OSError, or `DataError` for a URL."""
@@ -69,16 +71,9 @@ class Found:
     names: tuple[str, ...] = ()
 
 
-def shards_size(config: Shards) -> int:
-    """Training samples; ``data.size`` where nothing is here to count them."""
-    try:
-        train = find(config.train, key="data.train", cache=open_cache(config, fetch=config.size is None))
-    except ValueError:
-        if config.size is None:
-            raise
-        return config.size
-    size = sum(map(len, train.rows))
-    return size - int(held_out(size, config.validation).sum()) if isinstance(config.validation, float) else size
+def shards_size(config: Shards, *, fetch: bool) -> int:
+    """Samples of all training shards; with ``fetch`` False, ValueError where a URL would have to be fetched for it."""
+    return sum(map(len, find(config.train, key="data.train", cache=open_cache(config, fetch=fetch)).rows))
 
 
 def held_out(size: int, share: float) -> NDArray[np.bool_]:
@@ -90,10 +85,6 @@ def held_out(size: int, share: float) -> NDArray[np.bool_]:
 
 def open_cache(config: Shards, *, fetch: bool = True) -> Cache:
     return Cache(config.cache, limit=config.cache_bytes, fetch=fetch)
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 def find(source: Source, *, key: str, cache: Cache) -> Found:
@@ -116,10 +107,8 @@ def find(source: Source, *, key: str, cache: Cache) -> Found:
 def _expand(source: Source) -> list[str]:
     found: list[str] = []
     for pattern in (source,) if isinstance(source, str) else source:
-        if pattern.startswith("pipe:"):
-            raise ValueError(f"{pattern} is a command, which no recipe runs; give paths or URLs")
         for path in _braces(pattern):
-            paths = [path] if is_url(path) or os.path.exists(path) else sorted(glob(os.path.expanduser(path)))
+            paths = [path] if URL.match(path) or os.path.exists(path) else sorted(glob(os.path.expanduser(path)))
             if not paths:
                 raise ValueError(f"there is no file {path}; data.size=N lets a plan be made without it")
             found += paths

@@ -34,14 +34,19 @@ def files_size(config: Folder | Shards | Hub) -> int:
             if config.size is not None and not os.path.isdir(os.path.expanduser(config.path)):
                 return config.size
             return len(list_train(config)[0])
-        case Shards():
-            from .index import shards_size
-
-            return shards_size(config)
-        case Hub():
+        case Shards() | Hub():
             from .hub import hub_size
+            from .index import held_out, shards_size
 
-            return hub_size(config)
+            fetch = config.size is None
+            try:
+                size = shards_size(config, fetch=fetch) if isinstance(config, Shards) else hub_size(config, fetch=fetch)
+            except ValueError:
+                if config.size is None:
+                    raise
+                return config.size
+            share = config.validation
+            return size - int(held_out(size, share).sum()) if isinstance(share, float) else size
 
 
 def list_train(config: Folder) -> tuple[Listing, Listing]:

@@ -30,8 +30,9 @@ class Transforms:
     """What ``key``, ``data.transforms`` or ``data.eval_transforms``, makes of an image: uint8 of ``shape``, (C, H, W).
 
     Each step does what v2's own does after the same random numbers, but where the first one makes a quarter or less of
-    an image's sides, a JPEG is decoded smaller, to at least twice the sides wanted. Raises ValueError for a name or
-    arguments that torchvision does not have, and for steps that give an image of ``shape`` another shape or dtype.
+    an image's sides, a JPEG is decoded smaller, to at least twice the sides wanted, and a crop is rounded to the pixels
+    that there are then. Raises ValueError for a name or arguments that torchvision does not have, and for steps that
+    give an image of ``shape`` another shape or dtype.
     """
 
     def __init__(self, steps: Sequence[Transform], *, shape: tuple[int, ...], key: str) -> None:

@@ -22,11 +22,11 @@ import numpy as np
 
 from bigbatch.signals import end_with_owner
 
-from .cache import Rows, save_rows
+from .cache import Rows, locked, whole
 from .index import FORMAT, INDEX, ROWS, UNFINISHED, scan
 from .listing import Listing, listed
 
-SPLITS = ("train", "val", "test")
+SPLITS, LOCK = ("train", "val", "test"), ".lock"
 PROBE = 64
 """Images that tell how large the others are, and whether the source is still the same."""
 
@@ -61,10 +61,11 @@ def write_shards(
     files that cannot be read or written, BrokenProcessPool where a process dies.
     """
     settings, jobs = _plan(source, dest, size=size, seed=seed, splits=splits, resize=resize)
-    if not _begun(dest, settings):
-        total = sum(len(job.files) for job in jobs)
-        written = _write_all(jobs, workers=workers, done=lambda count: progress(count, total))
-        _finish(dest, settings, jobs, written)
+    with locked(dest / LOCK):  # another that writes here is waited for
+        if not _begun(dest, settings):
+            total = sum(len(job.files) for job in jobs)
+            written = _write_all(jobs, workers=workers, done=lambda count: progress(count, total))
+            _finish(dest, settings, jobs, written)
     index: dict[str, Any] = json.loads((dest / INDEX).read_text(encoding="utf-8"))
     return index
 
@@ -82,11 +83,8 @@ def _plan(
     classes = found[splits[0]].classes
     if other := sorted({name for listing in found.values() for name in listing.classes} - set(classes)):
         raise ValueError(f"{source}: {splits[0]} has no class {other[0]!r}, and another split has; rename or remove")
-    if not classes:
-        raise ValueError(f"{source}: {splits[0]} has no class folders; put the images of each class into one")
-    if not all(found[splits[0]].files):
-        empty = classes[found[splits[0]].files.index(())]
-        raise ValueError(f"{source}: {splits[0]}/{empty} has no images; add some or remove the folder")
+    if not classes or not all(found[splits[0]].files):
+        raise ValueError(f"{source}: {splits[0]} has a class folder without images, or none at all; each needs some")
     shuffled = {}
     for number, (split, listing) in enumerate(found.items()):
         files = list(_labelled(listing, classes))
@@ -123,29 +121,22 @@ def _jobs(shuffled: dict[str, list[tuple[str, int]]], dest: Path, *, count: int,
 
 def _begun(dest: Path, settings: dict[str, Any]) -> bool:
     """Whether all is done; begin otherwise. ValueError for a folder that has something else in it."""
-    dest.mkdir(parents=True, exist_ok=True)
-    for name in (UNFINISHED, INDEX):
-        if (dest / name).is_file():
-            there = json.loads((dest / name).read_text(encoding="utf-8"))
-            if differing := [key for key in settings if there.get(key) != settings[key]]:
-                raise ValueError(
-                    f"{dest}: was begun with another {' and '.join(differing)}; repeat that command, or give another "
-                    "folder"
-                )
-            return name == INDEX
-    if any(dest.iterdir()):
+    for path in (dest / UNFINISHED, dest / INDEX):
+        if path.exists():
+            there = json.loads(path.read_bytes())
+            for key in settings:
+                if there.get(key) != settings[key]:
+                    raise ValueError(f"{dest}: was begun with another {key}; repeat that command, or give a new folder")
+            return path.name == INDEX
+    if set(os.listdir(dest)) - {LOCK}:
         raise ValueError(f"{dest}: has other files in it; give a new folder")
     _save(dest / UNFINISHED, settings)
     return False
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with whole(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def _write_all(jobs: list[Job], *, workers: int, done: Callable[[int], None]) -> list[tuple[str, Rows]]:
@@ -166,15 +157,10 @@ def _write_all(jobs: list[Job], *, workers: int, done: Callable[[int], None]) ->
 def _write(job: Job) -> tuple[str, Rows]:
     """Write a shard unless it is there, and read it once more: SHA-256 and samples."""
     if not job.path.exists():
-        part = job.path.with_name(f".{job.path.name}.{os.getpid()}.part")
-        with part.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for number, (path, label) in enumerate(zip(job.files, job.labels, strict=True), start=job.first):
-                    _add(tar, f"{number:08d}{os.path.splitext(path)[1].lower()}", _image(path, job.resize))
-                    _add(tar, f"{number:08d}.cls", b"%d" % label)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(job.path)
+        with whole(job.path) as out, tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, (path, label) in enumerate(zip(job.files, job.labels, strict=True), start=job.first):
+                _add(tar, f"{number:08d}{os.path.splitext(path)[1].lower()}", _image(path, job.resize))
+                _add(tar, f"{number:08d}.cls", b"%d" % label)
     digest = hashlib.sha256()
     with job.path.open("rb") as file:
         while chunk := file.read(2**20):
@@ -219,8 +205,7 @@ def _finish(dest: Path, settings: dict[str, Any], jobs: list[Job], written: list
         {"name": job.path.name, "samples": len(job.files), "bytes": job.path.stat().st_size, "sha256": digest}
         for job, (digest, _) in zip(jobs, written, strict=True)
     ]
-    save_rows(dest / ROWS, np.concatenate([rows for _, rows in written]))
+    with whole(dest / ROWS) as file:
+        np.save(file, np.concatenate([rows for _, rows in written]), allow_pickle=False)
     _save(dest / INDEX, {"format": FORMAT, **settings, "shards": shards})
     (dest / UNFINISHED).unlink()
-    for part in dest.glob(".*.part"):
-        part.unlink()

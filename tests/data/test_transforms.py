@@ -71,7 +71,7 @@ def test_a_crop_of_a_large_jpeg_is_near_what_all_of_its_pixels_give():
                 views.append(chain(image.height, image.width, load=how).int())
         distances.append((views[0] - views[1]).abs().float().mean().item())
     assert max(reductions) > 4 > 2 > min(reductions)
-    assert 0 < max(distances) < 1.5
+    assert 0 < max(distances) < 5  # a crop begins at whole pixels of what was decoded
 
 
 def test_seeds_differ_by_seed_epoch_and_sample():

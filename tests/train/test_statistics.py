@@ -197,8 +197,10 @@ def test_features_that_do_not_vary_are_counted_and_vectors_need_their_model(
 
 def test_processes_that_read_end_where_nothing_can_be_assembled(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would keep this process from its end, and with it the launcher."""
-    closed = []
+    closed = list[Loader]()
     monkeypatch.setattr(Loader, "close", lambda loader: closed.append(loader))
     with pytest.raises(ValueError, match=r"task\.model = 'timm/none'"):
         assembled(task={"model": "timm/none"})
-    assert len(closed) == 1
+    with pytest.raises(ValueError, match=r"data\.preprocess\.keep = 64"):
+        assembled(data={"preprocess": {"whiten": "zca", "keep": 64}})
+    assert len(closed) == 2

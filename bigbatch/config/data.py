@@ -223,6 +223,13 @@ class Text(_Data):
     mask: Mask | None = Field(default_factory=lambda: Mask(), description="null for causal language modelling.")
     cache: str = Field("~/.cache/bigbatch", description="Folder that tokenised text is kept in.")
 
+    @field_validator("hub_config", "hub_revision")
+    @classmethod
+    def _of_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("hub") is None:
+            raise ValueError("is for a dataset of the hub; set data.hub, or leave it out")
+        return value
+
     @model_validator(mode="after")
     def _one_source(self) -> Text:
         if (self.train or self.hub) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from .section import Fraction1, Rate, Section
 
@@ -23,6 +23,13 @@ class _Task(Section):
     )
     head: Literal["keep", "replace"] = Field("keep", description="Of the weights: the last layer too, or a new one.")
     freeze: tuple[str, ...] = Field((), description="Regular expressions of parameters that stay as they are.")
+
+    @field_validator("head")
+    @classmethod
+    def _of_weights(cls, head: str, info: ValidationInfo) -> str:
+        if head == "replace" and info.data.get("weights") is None:
+            raise ValueError("every run without task.weights has a new one; set task.weights, or leave it out")
+        return head
 
     @property
     def what(self) -> str:

@@ -15,6 +15,8 @@ from .mlp import MLP
 from .resnet_small import ResNetSmall
 
 OWN: dict[str, type[MLP | ResNetSmall]] = {"bigbatch/mlp": MLP, "bigbatch/resnet_small": ResNetSmall}
+LOADS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+"""Options by which timm would take weights from elsewhere."""
 
 
 class ClassificationTask:
@@ -88,8 +90,8 @@ class ClassificationTask:
 
     def _check_name(self) -> None:
         name, pretrained = self.config.model, self.config.weights == "pretrained"
-        if "checkpoint_path" in self.config.options:
-            raise ValueError("task.options.checkpoint_path: some timm would run its code; use task.weights")
+        if loads := [key for key in LOADS if key in self.config.options]:
+            raise ValueError(f"task.options.{loads[0]}: some timm would run code of what it names; use task.weights")
         if len(self.shape) == 1 and name != "bigbatch/mlp":
             raise ValueError(
                 f"task.model = {name!r}: takes images, and data.preprocess.whiten = pca gives vectors of "

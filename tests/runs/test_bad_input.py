@@ -38,6 +38,15 @@ CASES = {
         ["task.options={checkpoint_path: a.pth}"],
         ["task.options.checkpoint_path", "task.weights"],
     ),
+    "weights from a hub": (
+        ["task={model: timm/test_resnet, weights: pretrained, options: {pretrained_cfg: {hf_hub_id: a/b}}}"],
+        ["task.options.pretrained_cfg", "task.weights"],
+    ),
+    "a new head without weights": (["task.head=replace"], ["task.head", "task.weights"]),
+    "a hub's revision of files": (
+        ["data={name: text, train: a.txt, hub_revision: main}"],
+        ["data.hub_revision", "main", "data.hub"],
+    ),
     "unknown model option": (["task.options={depth: 3}"], ["task.options", "depth"]),
     "rule that matches nothing": (
         ["optim.groups=[{match: nonsense}, {match: rest}]"],

@@ -178,7 +178,12 @@ def _try(
 
     def forward(samples: int = 2) -> Tensor:
         with runtime.autocast():
-            loss, _ = task.loss(strategy.wrapped, loader.train(range(samples)))
+            loss, weight = task.loss(strategy.wrapped, loader.train(range(samples)))
+        if task.weight_is_count and float(weight) != samples:
+            raise ValueError(
+                f"{config.task.what}: {samples} samples weigh {float(weight):g}; set weight_is_count = False in the "
+                "task, whose weight is not their number"
+            )
         return loss
 
     def passes() -> None:

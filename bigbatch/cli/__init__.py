@@ -316,8 +316,9 @@ def _load(parts: Parts, saved: Saved) -> None:
 def _assembled(
     config: RunConfig, plan: Plan, preprocess: Callable[[Runtime], State | None] = lambda runtime: None
 ) -> Iterator[Parts]:
-    """The parts of a run on this process, preprocessing as before if it was; what the data or the model finds wrong is
-    the user's to mend."""
+    """The parts of a run on this process, preprocessing as before if it was. What the data or the model finds wrong
+    with the recipe is a ConfigError; samples that cannot be read, perhaps just now, stay a DataError."""
+    from bigbatch.data import DataError
     from bigbatch.dist import Runtime
     from bigbatch.train import assemble
 
@@ -328,6 +329,8 @@ def _assembled(
     with runtime:
         try:
             parts = assemble(config, plan, runtime, preprocess=preprocess(runtime), weights="later")
+        except DataError:
+            raise
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:

@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     runtime = Runtime(precision=config.precision)
     try:
         loader, preprocessing, _ = feed(config, plan, runtime)
+    except DataError as error:
+        return _say(str(error), FAILED)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     samples: int | Literal["all"] = "all" if args.scan else args.samples

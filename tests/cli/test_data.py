@@ -108,6 +108,10 @@ def test_what_cannot_be_read(recipe: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert found["samples"]["train"] == 12 and found["classes"]["train"] == {"cat": 6, "dog": 5}
     # without a test part of its own, the validation part is the test part too
     assert set(found["duplicates"]) == {"validation and test"}
+    # where statistics are taken, before there is a model
+    for verb, override in (("train", "data.unreadable=fail"), ("data", "data.eval_transforms=[]")):
+        assert main([verb, recipe, *folder, override, f"run.dir={tmp_path}/run"]) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_of_text(recipe: str, tmp_path: Path, capsys: Capture) -> None:

@@ -81,9 +81,33 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=HALF[self.precision])
 
-    def first_on_this_machine(self) -> AbstractContextManager[Any]:
-        """One process of each machine runs the block before its others do, which find what it left (a download)."""
-        return self._accelerator.local_main_process_first()  # type: ignore[no-any-return]
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Where one process fails in the block, all raise its error at its end, and none waits for one that has left.
+
+        A collective; the block has none.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as own:
+            error = own
+        if found := [each for each in self.collect(error) if each]:
+            raise error or found[0]
+
+    @contextlib.contextmanager
+    def first_on_this_machine(self) -> Iterator[None]:
+        """One process of each machine runs the block before its others do, which find what it left (a download).
+        `together`, so that the others do not even begin where one of the first has failed."""
+        first = self._accelerator.is_local_main_process
+        if not first:
+            with self.together():
+                pass
+        with self.together():
+            yield
+        if first:
+            with self.together():
+                pass
 
     def prepare(self, model: nn.Module, build: Build) -> Strategy:
         """Model and optimiser under ``parallel.strategy``; ``build`` makes the optimiser of the model it is given.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from platform import node
 from typing import Literal
 
 from safetensors.torch import load_file
@@ -61,14 +62,16 @@ def start(parts: Parts) -> Clock:
             raise ConfigError(f"task.weights = pretrained: {settings.what} has none; give a checkpoint or a file")
         weights = _pretrained(parts, parts.task)
     else:
-        found = runtime.agree(_find(settings.weights) if runtime.rank == 0 else None)
-        if isinstance(found, ConfigError):
-            raise found
-        weights = _read(found)
-    try:
-        taken = fitted(parts.model, weights, head=settings.head, norm=parts.config.norm.kind)
-    except ValueError as error:
-        raise ConfigError(f"task.weights = {settings.weights!r}: {error}") from None
+        with runtime.together():
+            found = _find(settings.weights) if runtime.rank == 0 else None
+        found = runtime.agree(found)
+        with runtime.together():
+            weights = _read(found)
+    with runtime.together():  # one machine's copy may be an old one
+        try:
+            taken = fitted(parts.model, weights, head=settings.head, norm=parts.config.norm.kind)
+        except ValueError as error:
+            raise ConfigError(f"task.weights = {settings.weights!r}: {error}") from None
     parts.strategy.load_model(taken, strict=False)
     return Clock()
 
@@ -81,8 +84,8 @@ def _pretrained(parts: Parts, task: Pretrained) -> dict[str, Tensor]:
             raise ConfigError(str(error)) from None
 
 
-def _find(weights: str) -> Path | ConfigError:
-    """The file of a checkpoint, the newest of a run, or as it is named; or what is wrong."""
+def _find(weights: str) -> Path:
+    """The file of a checkpoint, the newest of a run, or as it is named."""
     path, way_out = Path(weights).expanduser(), "give a run or checkpoint directory, or a .safetensors file"
     try:
         if (path / "checkpoints").is_dir():
@@ -90,12 +93,12 @@ def _find(weights: str) -> Path | ConfigError:
         if (path / MANIFEST).is_file():
             return open_checkpoint(path).path / MODEL
     except RunError as error:
-        return ConfigError(f"task.weights = {weights!r}: {error}")
+        raise ConfigError(f"task.weights = {weights!r}: {error}") from None
     file = path / MODEL if path.is_dir() else path
     if not file.is_file():
-        return ConfigError(f"task.weights = {weights!r}: there is no {file}; {way_out}")
+        raise ConfigError(f"task.weights = {weights!r}: there is no {file}; {way_out}")
     if file.suffix != ".safetensors":
-        return ConfigError(f"task.weights = {weights!r}: a file that may run code is not opened; {way_out}")
+        raise ConfigError(f"task.weights = {weights!r}: a file that may run code is not opened; {way_out}")
     return file
 
 
@@ -103,7 +106,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except Exception as error:  # a damaged file breaks its reader in any way
-        raise ConfigError(f"task.weights: {file} cannot be read: {error}") from None
+        raise ConfigError(f"task.weights: {file} cannot be read on {node()}: {error}") from None
 
 
 def fitted(

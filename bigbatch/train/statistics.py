@@ -11,7 +11,7 @@ import torch
 
 from bigbatch.config import say
 from bigbatch.config.models import Preprocess
-from bigbatch.data import DataError, Dataset, Loader, Moments, Statistics, fit_preprocess, permute
+from bigbatch.data import Dataset, Loader, Moments, Statistics, fit_preprocess, permute
 from bigbatch.data.preprocess import LARGEST, State
 from bigbatch.dist import Runtime
 from bigbatch.keyed import fold
@@ -41,16 +41,9 @@ def fit(
         )
     moments = _moments(config, loader, runtime, seed=seed, batch=batch)
     statistics = Statistics.of(moments, data.spec.shape)
-    state: State | ValueError | None = None
-    if runtime.rank == 0:
-        try:
-            state = fit_preprocess(config, statistics)
-        except ValueError as error:
-            state = error
-    state = runtime.agree(state)  # eigenvectors are not the same to the last bit on every processor
-    if isinstance(state, ValueError):
-        raise state
-    assert state is not None
+    with runtime.together():
+        own = fit_preprocess(config, statistics) if runtime.rank == 0 else None
+    state: State = runtime.agree(own)  # eigenvectors are not the same to the last bit on every processor
     constant = int(statistics.constant.sum())
     if config.scale != "feature" or not constant:
         return state, ()
@@ -81,18 +74,14 @@ def _moments(config: Preprocess, loader: Loader, runtime: Runtime, *, seed: int,
     second: Literal["variance", "covariance"] = "variance" if config.whiten == "none" else "covariance"
     moments = Moments(math.prod(loader.dataset.spec.shape), second=second, device=runtime.device)
     shares = loader.evaluate("train", rank=runtime.rank, world_size=runtime.world_size, batch=batch, chosen=chosen)
-    problem, said = None, time.monotonic()
-    try:
+    said = time.monotonic()
+    with runtime.together():
         for each in shares:
             runtime.progress.enter("data")
             moments.update(each["image"])
             if runtime.rank == 0 and time.monotonic() - said > QUIET:
                 say(f"statistics for data.preprocess: {moments.n} of {-(-count // runtime.world_size)} samples")
                 said = time.monotonic()
-    except DataError as error:
-        problem = error
-    if found := [each for each in runtime.collect(problem) if each]:
-        raise found[0]
     moments.reduce(runtime.sum, runtime.collect)
     runtime.progress.enter("start")
     if not moments.n:

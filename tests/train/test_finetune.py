@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bigbatch.cli import main
 from bigbatch.config import ConfigError
-from bigbatch.train import Parts, evaluate, train_step
+from bigbatch.dist import Runtime
+from bigbatch.train import Parts, evaluate, finetune, train_step
 from bigbatch.train.finetune import fitted
 from ranks import run_ranks
 from train.assembled import assembled
@@ -111,7 +112,7 @@ def test_another_kind_of_norm(run: Path, tmp_path: Path) -> None:
     [
         ("gone", "there is no .*gone; give a run or checkpoint directory, or a .safetensors file"),
         ("weights.pt", "a file that may run code is not opened; give"),
-        ("weights.safetensors", "cannot be read: "),
+        ("weights.safetensors", "cannot be read on .*: "),
         ("folder", "there is no .*model.safetensors; give"),
         ("run", "no checkpoint yet"),
         ("damaged", "is damaged: model.safetensors"),
@@ -189,12 +190,51 @@ def tuned(rank: int, strategies: list[str], weights: str) -> list[tuple[State, f
     return found
 
 
-def test_every_strategy_tunes_alike(run: Path) -> None:
+def alone(rank: int, weights: str) -> list[str]:
+    """What each process says where only one of them fails."""
+    runtime, said = Runtime(), list[str]()
+    for failing in (0, 1):
+        try:
+            with runtime.first_on_this_machine():
+                said.append("begun")
+                if rank == failing:
+                    raise ValueError(f"rank {rank} fails")
+        except ValueError as error:
+            said.append(str(error))
+    for mine in ("gone", "other"):
+        if rank == 1:
+            finetune.load_file = {"gone": lambda file: load_file("gone"), "other": lambda file: {}}[mine]
+        try:
+            started(weights=weights)
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def both(rank: int, weights: str) -> tuple[list[tuple[State, float]], list[str]]:
+    return tuned(rank, ["ddp", "zero1", "fsdp2"], weights), alone(rank, weights)
+
+
+@pytest.fixture(scope="module")
+def two(run: Path) -> list[Any]:
+    """What two processes find, which are slow to start."""
+    return run_ranks(2, both, str(run))
+
+
+def test_every_strategy_tunes_alike(run: Path, two: list[Any]) -> None:
     ((known, expected),) = tuned(0, ["ddp"], str(run))
-    for state, loss in run_ranks(2, tuned, ["ddp", "zero1", "fsdp2"], str(run))[0]:
+    for state, loss in two[0][0]:
         assert loss == pytest.approx(expected, rel=1e-10)
         for name, tensor in known.items():
             torch.testing.assert_close(state[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_what_one_process_cannot_read_ends_all(two: list[Any]) -> None:
+    (_, first), (_, second) = two
+    assert first[:4] == ["begun", "rank 0 fails", "begun", "rank 1 fails"]
+    assert second[:3] == ["rank 0 fails", "begun", "rank 1 fails"], "it did not even begin"
+    assert first[4:] == second[3:]
+    assert "cannot be read on " in first[4] and "they lack conv.weight" in first[5]
 
 
 # ------------------------------------------------------------------------------------------- pretrained, last layers

@@ -16,6 +16,8 @@ from bigbatch.cli import main
 from bigbatch.train.scale import LossScale
 from runs.command import ROOT, bigbatch, command, environment, events, summary, untimed
 
+pytestmark = pytest.mark.cluster
+
 assemble_module = sys.modules["bigbatch.train.assemble"]
 
 RECIPE = """

@@ -71,7 +71,7 @@ def test_a_crop_of_a_large_jpeg_is_near_what_all_of_its_pixels_give():
                 views.append(chain(image.height, image.width, load=how).int())
         distances.append((views[0] - views[1]).abs().float().mean().item())
     assert max(reductions) > 4 > 2 > min(reductions)
-    assert 0 < max(distances) < 5  # a crop begins at whole pixels of what was decoded, up to a quarter of its own beside
+    assert 0 < max(distances) < 5  # a crop begins at whole pixels of what was decoded, up to a quarter of its own off
 
 
 def test_seeds_differ_by_seed_epoch_and_sample():

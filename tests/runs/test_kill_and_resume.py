@@ -249,5 +249,6 @@ def test_everything_loads_without_executing_code(recipe: Path, tmp_path: Path) -
     assert set(json.loads((newest / "manifest.json").read_text())) == {
         "model.safetensors",
         "optimizer.pt",
+        "preprocess.safetensors",
         "state.json",
     }

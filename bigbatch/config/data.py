@@ -128,7 +128,7 @@ class _Files(_Images):
         None, description="As above; default: Resize to 8/7 of the shape, CenterCrop."
     )
     unreadable: Literal["fail", "skip"] = Field(
-        "fail", description="An image that cannot be read ends the run, or is counted, named and replaced by the next."
+        "fail", description="An image that cannot be read ends the run, or is counted, named and replaced by another."
     )
     workers: Annotated[int, Field(ge=0, le=256)] = 4
     validation: Share | str = Field(description="Where validation images are; or a share of the training ones.")

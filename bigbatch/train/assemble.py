@@ -92,7 +92,9 @@ def _build(
 
     # The initial weights are a function of the seed alone, the same on every process.
     torch.manual_seed(config.seed)
-    model = task.build_model().to(runtime.device, runtime.dtype)
+    # Of pretrained models, transformers fetches the configuration.
+    with runtime.first_on_this_machine() if config.task.weights == "pretrained" else nullcontext():
+        model = task.build_model().to(runtime.device, runtime.dtype)
     model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
     if config.norm.zero_init_residual:
         zero_init_residual(model)
@@ -173,12 +175,17 @@ def _try(
     gradients are exchanged: its dropout keyed, the buffers that follow each process's own samples, and warnings of what
     therefore depends on the layout."""
     model = strategy.model
-    stats, dropout, warnings = BatchStats(model), None, []
+    stats, dropout, warnings, custom = BatchStats(model), None, [], isinstance(config.task, CustomTask)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def forward(samples: int = 2) -> Tensor:
         with runtime.autocast():
-            loss, _ = task.loss(strategy.wrapped, loader.train(range(samples)))
+            loss, weight = task.loss(strategy.wrapped, loader.train(range(samples)))
+        if custom and task.weight_is_count and weight != samples:
+            raise ValueError(
+                f"{config.task.what}: loss() of {samples} samples gives a weight of {float(weight):g}; give their "
+                "number, or set weight_is_count = False"
+            )
         return loss
 
     def passes() -> None:
@@ -212,7 +219,7 @@ def _try(
         if runtime.world_size > 1:
             # The second pass is where DistributedDataParallel tells of parameters that the first did not reach.
             _check_reached(strategy, passes)
-        if isinstance(config.task, CustomTask):
+        if custom:
             evaluation()
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise

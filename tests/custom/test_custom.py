@@ -114,6 +114,8 @@ class Fit(BaseTask):
         if self.wrong == "raises":
             raise KeyError("target")
         errors = (model(batch["x"])[:, 0] - batch["y"]).square()
+        if self.wrong == "weight":
+            return errors.mean(), errors.new_tensor(1)
         return errors.mean() if self.wrong == "mean" else (errors.sum(), errors.new_tensor(len(errors)))
 
     def evaluate(self, model, batch):
@@ -176,6 +178,7 @@ def test_samples_that_fail_later_are_named() -> None:
         ("model", r"build_model\(\) gives 'a model'; return a torch.nn.Module"),
         ("raises", r"loss\(\) failed: KeyError: 'target', line \d+"),
         ("mean", r"loss\(\) gives tensor.*; return two 0-dim tensors"),
+        ("weight", r".*loss\(\) of 2 samples gives a weight of 1; give their number, or set weight_is_count"),
         ("sums", r"evaluate\(\) gives .*; return a 0-dim tensor for each of sums = \('loss', 'weight'\)"),
         ("metrics", r"metrics\(\) gives {}; return a number for each of \('loss',\)"),
     ],
@@ -183,7 +186,7 @@ def test_samples_that_fail_later_are_named() -> None:
 def test_tasks_that_are_none(wrong: str, reason: str) -> None:
     task = {"name": "custom", "target": f"{HERE}:Fit", "options": {"wrong": wrong}}
     data = {"name": "custom", "target": f"{HERE}:rows"}
-    with pytest.raises(ValueError, match=rf"task.target = '{HERE}:Fit': {reason}"):
+    with pytest.raises(ValueError, match=rf"task.target = '{HERE}:Fit'.*: {reason}"):
         assembled(task=task, data=data, checkpoint={"best": "loss"}, batch={"global": 8})
 
 

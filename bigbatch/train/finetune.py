@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigbatch.config import ConfigError
+from bigbatch.data.tokenizer import check_tokenizer
 from bigbatch.norm import SpanBatchNorm
 from bigbatch.tasks import Pretrained
 
@@ -61,7 +62,7 @@ def start(parts: Parts) -> Clock:
             raise ConfigError(f"task.weights = pretrained: {settings.what} has none; give a checkpoint or a file")
         weights = _pretrained(parts, parts.task)
     else:
-        found = runtime.agree(_find(settings.weights) if runtime.rank == 0 else None)
+        found = runtime.agree(_find(settings.weights, parts.loader.dataset.tokenizer) if runtime.rank == 0 else None)
         if isinstance(found, ConfigError):
             raise found
         weights = _read(found)
@@ -81,17 +82,21 @@ def _pretrained(parts: Parts, task: Pretrained) -> dict[str, Tensor]:
             raise ConfigError(str(error)) from None
 
 
-def _find(weights: str) -> Path | ConfigError:
-    """The file of a checkpoint, the newest of a run, or as it is named; or what is wrong."""
+def _find(weights: str, tokenizer: str) -> Path | ConfigError:
+    """The file of a checkpoint, the newest of a run, or as it is named; or what is wrong, such as weights of a run on
+    text that had another tokenizer."""
     path, way_out = Path(weights).expanduser(), "give a run or checkpoint directory, or a .safetensors file"
+    file = path / MODEL if path.is_dir() else path
     try:
         if (path / "checkpoints").is_dir():
-            return open_newest(path / "checkpoints").path / MODEL
-        if (path / MANIFEST).is_file():
-            return open_checkpoint(path).path / MODEL
-    except RunError as error:
+            file = open_newest(path / "checkpoints").path / MODEL
+        elif (path / MANIFEST).is_file():
+            open_checkpoint(path)
+        for folder in [*file.absolute().parents][:3:2]:  # an export's, or that of a run, whose checkpoint this is
+            if (folder / "config.yaml").is_file():
+                check_tokenizer(tokenizer, folder / "tokenizer.json")
+    except (RunError, ValueError) as error:
         return ConfigError(f"task.weights = {weights!r}: {error}")
-    file = path / MODEL if path.is_dir() else path
     if not file.is_file():
         return ConfigError(f"task.weights = {weights!r}: there is no {file}; {way_out}")
     if file.suffix != ".safetensors":

@@ -14,6 +14,7 @@ from typing import Any
 from bigbatch.config.models import Text
 
 from .base import SPLITS, Split, needs
+from .hub import open_split
 
 TABLES = (".jsonl", ".parquet", ".arrow")
 
@@ -126,17 +127,10 @@ def _lines_of_json(config: Text, path: Path) -> Iterator[str]:
 
 def _hub(config: Text, split: str) -> Iterator[str]:
     assert config.hub is not None
-    with needs("text", "datasets"):
-        import datasets
     for name in _names(config, split):
-        path = os.path.expanduser(config.hub)
-        try:
-            if Path(path, "dataset_dict.json").is_file():
-                table = datasets.load_from_disk(path)[name]
-            else:
-                table = datasets.load_dataset(path, config.hub_config, split=name, revision=config.hub_revision)
-        except Exception as error:  # of many kinds, for what is not there, not reachable or not readable
-            raise ValueError(f"data.hub = {config.hub!r}: its {name} cannot be had ({error})") from None
+        what = f"data.hub = {config.hub!r}: its {name}"
+        with needs("text", "datasets"):
+            table = open_split(config.hub, name, what=what, config=config.hub_config, revision=config.hub_revision)
         yield from _column(config, table, config.hub)
 
 
@@ -146,7 +140,6 @@ def _column(config: Text, table: Any, where: str) -> Iterator[str]:
     for number, row in enumerate(table.select_columns([config.field])):
         text = row[config.field]
         if not isinstance(text, str | None):
-            raise ValueError(
-                f"data.field = {config.field!r}: row {number} of {where} is no text but {text!r:.40}; name another column"
-            )
+            what = f"row {number} of {where} is no text but {text!r:.40}"
+            raise ValueError(f"data.field = {config.field!r}: {what}; name another column")
         yield text or ""

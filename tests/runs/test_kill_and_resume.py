@@ -16,6 +16,8 @@ from bigbatch.cli import main
 from bigbatch.train.scale import LossScale
 from runs.command import ROOT, bigbatch, command, environment, events, summary, untimed
 
+pytestmark = pytest.mark.cluster
+
 assemble_module = sys.modules["bigbatch.train.assemble"]
 
 RECIPE = """
@@ -247,5 +249,6 @@ def test_everything_loads_without_executing_code(recipe: Path, tmp_path: Path) -
     assert set(json.loads((newest / "manifest.json").read_text())) == {
         "model.safetensors",
         "optimizer.pt",
+        "preprocess.safetensors",
         "state.json",
     }

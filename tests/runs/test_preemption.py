@@ -17,6 +17,8 @@ from bigbatch.cli import main
 from bigbatch.signals import StopSignal
 from runs.command import ROOT, bigbatch, command, environment, events, summary, untimed
 
+pytestmark = pytest.mark.cluster
+
 RECIPE = """
 seed: 3
 duration: 6ep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from .section import Positive, Rate, Section
 
@@ -128,7 +128,7 @@ class _Files(_Images):
         None, description="As above; default: Resize to 8/7 of the shape, CenterCrop."
     )
     unreadable: Literal["fail", "skip"] = Field(
-        "fail", description="An image that cannot be read ends the run, or is counted, named and replaced by the next."
+        "fail", description="An image that cannot be read ends the run, or is counted, named and replaced by another."
     )
     workers: Annotated[int, Field(ge=0, le=256)] = 4
     validation: Share | str = Field(description="Where validation images are; or a share of the training ones.")
@@ -152,14 +152,27 @@ class Shards(_Files):
     validation: Share | Source  # type: ignore[assignment]
     test: Source | None = None  # type: ignore[assignment]
     cache: str = Field("~/.cache/bigbatch", description="Folder that shards with a URL are fetched to.")
-    cache_bytes: Positive | None = Field(None, description="Most bytes kept there; default: no limit.")
+    cache_bytes: Positive | None = Field(None, description="Most bytes kept there, besides what processes have open.")
+
+
+def _hub(name: str) -> str:
+    # The library's other builders of one name are of no use here, and some versions' read pickles.
+    if "/" not in name and name not in ("arrow", "imagefolder", "parquet", "webdataset"):
+        raise ValueError(
+            f"{name}: is no NAMESPACE/NAME on the hub and no folder such as ./{name}, nor arrow, imagefolder, parquet "
+            "or webdataset for files; write one of them"
+        )
+    return name
+
+
+HubName = Annotated[str, AfterValidator(_hub)]
 
 
 class Hub(_Files):
     """A dataset of the Hugging Face library: a name on its hub, or local Parquet or Arrow files."""
 
     name: Literal["hub"]
-    path: str = Field(description="Name on the hub, a folder saved by the library, or `parquet`, `arrow`.")
+    path: HubName = Field(description="Name on the hub, a folder saved by the library, or `parquet`, `arrow`.")
     files: dict[Literal["train", "validation", "test"], Source] | None = None
     config: str | None = Field(None, description="Configuration of a dataset that has several.")
     revision: str | None = None
@@ -212,7 +225,7 @@ class Text(_Data):
     train: Source | None = Field(None, description="Paths and globs; of a hub's dataset, its splits (default: train).")
     validation: Share | Source = Field(0.05, description="The same, or a share of the training documents.")
     test: Share | Source = Field(0.05, description="The same, or a share of the training documents.")
-    hub: str | None = Field(None, description="Instead of files: a dataset's name on the hub, or its folder.")
+    hub: HubName | None = Field(None, description="Instead of files: a dataset's name on the hub, or its folder.")
     hub_config: str | None = Field(None, description="Configuration of a dataset that has several.")
     hub_revision: str | None = Field(None, description="Which state of it: a commit, or a tag.")
     field: str = Field("text", description="Column of a table that has the text.")

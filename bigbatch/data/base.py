@@ -37,7 +37,7 @@ class Part(Protocol):
 
     def gather(self, index: Tensor, epoch: Tensor | None = None) -> Batch:
         """The samples ``index``, int64 (B,), as tensors of the CPU whose first dimension is B; of images, ``image``
-        (B, C, H, W), uint8 or floats whose range is [0, 1], and of classes, ``label`` int64 (B,).
+        (B, C, H, W), uint8, and of classes, ``label`` int64 (B,).
 
         ``epoch``, int64 (B,): for training, where what is random about a sample follows from (seed, epoch, sample).
         None: for evaluation, where nothing is; samples that cannot be read may then be left out, if the column

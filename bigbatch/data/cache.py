@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import select
+import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,17 +16,18 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import DataError, needs
+from .base import DataError
 
 Rows = NDArray[np.void]
 
 PAUSES = (2.0, 4.0, 8.0)
 """Seconds between attempts to fetch a file."""
-SILENCE = 60.0
-"""Seconds without a byte after which an attempt has failed."""
+CONNECT, SILENCE = 10, 60
+"""Seconds without an answer, and without a byte of it, after which an attempt has failed."""
 
-REFUSED = "the server has no such file, or refuses it"
-CURL = {6: "there is no such host", 7: "nobody answers", 18: "the transfer broke off", 22: REFUSED}
+
+class Absent(DataError):
+    """The server has no such file, which object stores may put as 403; or it is not here, and not to be fetched."""
 
 
 @contextmanager
@@ -57,13 +59,17 @@ class Cache:
     def __init__(self, folder: str, *, limit: int | None = None, fetch: bool = True) -> None:
         self.folder, self.limit, self.fetch = Path(folder).expanduser(), limit, fetch
 
-    def open(self, url: str, *, size: int | None = None, sha256: str | None = None) -> int:
+    def open(self, url: str, *, size: int | None = None, sha256: str | None = None, attempts: int = 4) -> int:
         """A descriptor of the whole file, which one process fetches while others wait. ``size``, in bytes, and
         ``sha256`` are what it must have.
 
-        Raises `DataError` where it cannot be fetched or is another file, ValueError for a URL that is none.
+        Raises `Absent` where there is none, `DataError` where it cannot be fetched or is another file, ValueError for
+        other URLs than https and http.
         """
-        path = self.folder / "fetched" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
+        if not re.match("https?://", url, re.IGNORECASE):  # URLs come from strangers, and curl can do a lot
+            raise ValueError(f"{url}: only https and http are fetched; fetch the file, and give its path")
+        name = url.partition("?")[0].rpartition("/")[2]
+        path = self.folder / "fetched" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
         with self._naming():
             while True:
                 with suppress(FileNotFoundError):
@@ -71,7 +77,7 @@ class Cache:
                     return os.open(path, os.O_RDONLY)
                 with locked(path.with_name(f"{path.name}.lock")):
                     if not path.exists():
-                        self._fetch(url, path, size=size, sha256=sha256)
+                        self._fetch(url, path, size=size, sha256=sha256, attempts=attempts)
 
     def rows(self, key: str, make: Callable[[], Rows]) -> Rows:
         """What ``make`` gives, made once for each ``key``."""
@@ -90,17 +96,18 @@ class Cache:
         try:
             yield
         except OSError as error:
-            raise DataError(f"data.cache = {str(self.folder)!r}: {error}; choose a folder that has room") from None
+            where = f"data.cache = {str(self.folder)!r}"
+            raise DataError(f"{where}: {error}; choose a folder with room, to write to and to lock files in") from None
 
-    def _fetch(self, url: str, path: Path, *, size: int | None, sha256: str | None) -> None:
+    def _fetch(self, url: str, path: Path, *, size: int | None, sha256: str | None, attempts: int) -> None:
         if not self.fetch:
-            raise DataError(f"{url} is not here yet")
-        for pause in (*PAUSES, None):
+            raise Absent(f"{url} is not here yet")
+        for pause in (*PAUSES[: attempts - 1], None):
             try:
                 with whole(path) as file:
                     _transfer(url, file, size=size, sha256=sha256)
             except ConnectionError as error:
-                if pause is None or str(error) == REFUSED:
+                if pause is None:
                     raise DataError(f"{url} cannot be fetched: {error}") from None
                 time.sleep(pause)
             else:
@@ -125,26 +132,23 @@ class Cache:
 
 def _transfer(url: str, file: BinaryIO, *, size: int | None, sha256: str | None) -> None:
     """Fetch ``url`` into ``file``; ConnectionError where it does not come, or is not what it should be."""
-    with needs("images", "webdataset"):
-        from webdataset.gopen import gopen, gopen_schemes
-    digest, stream = hashlib.sha256(), None
+    command = ["curl", "--silent", "--show-error", "--fail", "--location", "--globoff", "--proto", "=https,http"]
+    command += ["--connect-timeout", f"{CONNECT}", "--speed-limit", "1", "--speed-time", f"{SILENCE}", url]
+    digest = hashlib.sha256()
     try:
-        with (stream := gopen(url)):
-            source = getattr(stream, "stream", stream).fileno()
-            ready = select.poll()
-            ready.register(source)
-            while chunk := os.read(source, 2**20) if ready.poll(SILENCE * 1000) else None:
-                digest.update(chunk)
-                file.write(chunk)
-            if chunk is None:
-                stream.proc.kill()
-                stream.ignore_errors = True
-                raise ConnectionError(f"nothing has come for {SILENCE:g} s")
-    except ValueError:
-        schemes = ", ".join(scheme for scheme in gopen_schemes if scheme not in ("__default__", "pipe"))
-        raise ValueError(f"{url}: webdataset opens {schemes}; or fetch the file, and give its path") from None
+        curl = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except OSError as error:
-        raise ConnectionError(CURL.get(getattr(stream, "status", 0), str(error))) from None
+        raise DataError(f"{url} cannot be fetched: curl does not start ({error}); install it, or fetch it") from None
+    with curl:
+        assert curl.stdout and curl.stderr
+        while chunk := curl.stdout.read(2**20):
+            digest.update(chunk)
+            file.write(chunk)
+        problem = curl.stderr.read().decode(errors="replace").strip()
+    if re.search(r"error: (403|404|410)\b", problem):
+        raise Absent(f"{url} cannot be fetched: {problem}")
+    if curl.returncode:
+        raise ConnectionError(problem)
     found = file.tell(), digest.hexdigest()
     if found != (size or found[0], sha256 or found[1]):
         raise ConnectionError(f"{found[0]} bytes came that are not the {size} of its index.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from bigbatch.config.data import Transform
 from bigbatch.config.models import Folder, Hub, Shards
+from bigbatch.keyed import fold
 from bigbatch.spec import Spec
 
 from .base import Batch, DataError, Dataset
 from .decode import Encoded, Unreadable
 from .listing import Listing, list_other, list_train
+from .sampler import permute
 from .transforms import Transforms, keyed_generator, sample_seeds
 
 
@@ -64,8 +66,9 @@ class EncodedPart:
     """A part whose images are decoded and transformed as they are asked for: uint8 (B, C, H, W).
 
     One that cannot be read raises `DataError`; or, with ``unreadable`` skip, is noted in ``problems`` and left out of
-    an evaluation, and in training is replaced by the next that can be read, image and label, transformed as it would
-    have been itself. So what a sample is depends on the files alone. Transforms for training are drawn by
+    an evaluation, and in training is replaced, image and label, by the first that can be read in an order of all images
+    that its number keys, transformed as it would have been itself. So what a sample is depends on the files alone, and
+    not one image stands in for all that a damaged shard has lost, but many do. Transforms for training are drawn by
     (``seed``, epoch, sample); ``evaluation`` ones are applied where ``gather`` gets no epoch.
     """
 
@@ -87,23 +90,28 @@ class EncodedPart:
 
     def gather(self, index: Tensor, epoch: Tensor | None = None) -> Batch:
         transforms = self._evaluation if epoch is None else self._train
-        tries = 1 if epoch is None else len(self)
         image = torch.empty(len(index), *transforms.shape, dtype=torch.uint8)
         rows: list[int] = []
         found: list[int] = []
         with keyed_generator() as seed:
             for row, (i, key) in enumerate(zip(index.tolist(), sample_seeds(self.seed, index, epoch), strict=True)):
-                for other in range(i, i + tries):
+                for other in (i,) if epoch is None else self._candidates(i):
                     seed(key)
-                    if (view := self._view(other % len(self), transforms)) is not None:
+                    if (view := self._view(other, transforms)) is not None:
                         image[len(rows)] = view
                         rows.append(row)
-                        found.append(other % len(self))
+                        found.append(other)
                         break
                 else:
                     if epoch is not None:
                         raise DataError(f"none of {len(self)} images can be read, such as {self.source.name(i)}")
         return {"image": image[: len(rows)], "label": self.source.labels[found], "index": index[rows]}
+
+    def _candidates(self, i: int) -> Iterator[int]:
+        """Image i, then all of them in the order that i keys."""
+        yield i
+        for place in range(len(self)):
+            yield int(permute(np.array([place]), len(self), fold(i))[0])
 
     def _view(self, i: int, transforms: Transforms) -> Tensor | None:
         """The transformed image, or None for one that is passed over."""

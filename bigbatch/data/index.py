@@ -4,13 +4,15 @@ of their members. Without torch."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tarfile
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from glob import glob
 from io import BytesIO
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,15 +21,18 @@ from numpy.typing import NDArray
 from bigbatch.config.data import Source
 from bigbatch.config.models import Shards
 
-from .base import needs
-from .cache import Cache, Rows
+from .base import DataError, needs
+from .cache import Absent, Cache, Rows
 from .listing import EXTENSIONS
 
 INDEX, ROWS, UNFINISHED, FORMAT = "index.json", "index.npy", "unfinished.json", "bigbatch shards 1"
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 """A member's key and extension, as WebDataset parts them: at the first dot."""
 
-URL = re.compile(r"(?!pipe:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # webdataset's pipe: would run a command
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+RANGE = re.compile(r"{(-?\d+)[.][.](-?\d+)")
+MOST = 1_000_000
+"""Shards that braces may stand for."""
 
 ROW = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i4")])
 """Where in its shard a sample's image begins, its bytes, and its class, or -1 - i for ``FAULTS[i]``."""
@@ -91,10 +96,12 @@ def find(source: Source, *, key: str, cache: Cache) -> Found:
     """The shards that a recipe's ``key`` names. Raises ValueError where there are none, where one is no tar file, and
     where an index is not of these shards."""
     try:
-        paths = _expand(source)
+        patterns = [path for pattern in ((source,) if isinstance(source, str) else source) for path in _braces(pattern)]
+        paths = _expand(patterns)
         listed: dict[str, tuple[Shard, Rows, tuple[str, ...]]] = {}
         for folder in dict.fromkeys(map(os.path.dirname, paths)):
             listed |= _indexed(folder, cache)
+        _all_there(listed.keys() - set(paths), patterns)
         found = [listed.get(path) or (Shard(path), _scanned(Shard(path), cache), ()) for path in paths]
         shards, rows, names = zip(*found, strict=True)
         if len(set(names)) > 1:
@@ -104,25 +111,42 @@ def find(source: Source, *, key: str, cache: Cache) -> Found:
     return Found(shards, rows, names[0])
 
 
-def _expand(source: Source) -> list[str]:
+def _braces(pattern: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
+    if math.prod(abs(int(low) - int(high)) + 1 for low, high in RANGE.findall(pattern)) > MOST:
+        raise ValueError(f"{pattern} stands for more than {MOST:,} shards; correct it")
+    with needs("images", "braceexpand"):
+        from braceexpand import braceexpand
+    return list(braceexpand(pattern))
+
+
+def _expand(patterns: list[str]) -> list[str]:
     found: list[str] = []
-    for pattern in (source,) if isinstance(source, str) else source:
-        for path in _braces(pattern):
-            paths = [path] if URL.match(path) or os.path.exists(path) else sorted(glob(os.path.expanduser(path)))
-            if not paths:
-                raise ValueError(f"there is no file {path}; data.size=N lets a plan be made without it")
-            found += paths
-    if len(set(found)) < len(found):
-        raise ValueError(f"{max(found, key=found.count)} is named twice; name each shard once")
+    for path in patterns:
+        paths = [path] if URL.match(path) or os.path.exists(path) else sorted(glob(os.path.expanduser(path)))
+        if not paths:
+            raise ValueError(f"there is no file {path}; data.size=N lets a plan be made without it")
+        found += paths
+    path, times = Counter(found).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{path} is named twice; name each shard once")
     return found
 
 
-def _braces(pattern: str) -> Iterable[str]:
-    if "{" not in pattern:
-        return [pattern]
-    with needs("images", "braceexpand"):
-        from braceexpand import braceexpand
-    return braceexpand(pattern)
+def _all_there(others: set[str], patterns: list[str]) -> None:
+    """Raises ValueError for a shard that an index has and a glob would find, were it there."""
+    globs = [_absolute(pattern) for pattern in patterns if re.search("[*?[]", pattern) and not URL.match(pattern)]
+    lost = sorted(path for path in others if any(PurePath(_absolute(path)).match(pattern) for pattern in globs))
+    if lost:
+        raise ValueError(
+            f"{lost[0]} is gone, and its {INDEX} has it ({len(lost)} such); get it again, or name the shards to use "
+            "one by one: {000..146}"
+        )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _indexed(folder: str, cache: Cache) -> dict[str, tuple[Shard, Rows, tuple[str, ...]]]:
@@ -130,24 +154,31 @@ def _indexed(folder: str, cache: Cache) -> dict[str, tuple[Shard, Rows, tuple[st
     if os.path.exists(os.path.join(folder, UNFINISHED)):
         raise ValueError(f"bigbatch shard has not finished {folder}; run it again")
     try:
-        index = json.loads(_read(os.path.join(folder, INDEX), cache))
-    except (OSError, ValueError):
+        data = _read(os.path.join(folder, INDEX), cache)
+    except (FileNotFoundError, Absent):
         return {}
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        return {}  # another tool's
-    rows = np.load(BytesIO(_read(os.path.join(folder, ROWS), cache)), allow_pickle=False)
-    first, found, names = 0, {}, tuple(index["classes"])
-    for entry in index["shards"]:
-        shard = Shard(os.path.join(folder, entry["name"]), first, entry["bytes"], entry["sha256"])
-        found[shard.path] = shard, rows[first : first + entry["samples"]], names
-        first += entry["samples"]
-    if (len(rows), rows.dtype) != (first, ROW):
-        raise ValueError(f"{ROWS} and {INDEX} in {folder} do not belong together; get both again")
+    try:
+        index = json.loads(data)
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            return {}  # another tool's
+        rows = np.load(BytesIO(_read(os.path.join(folder, ROWS), cache)), allow_pickle=False)
+        first, found, names = 0, {}, tuple(index["classes"])
+        for entry in index["shards"]:
+            shard = Shard(os.path.join(folder, entry["name"]), first, entry["bytes"], entry["sha256"])
+            found[shard.path] = shard, rows[first : first + entry["samples"]], names
+            first += entry["samples"]
+        if (len(rows), rows.dtype) != (first, ROW):
+            raise ValueError(f"{ROWS} has not the {first} samples of {INDEX}")
+    except DataError:
+        raise
+    except (EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the index in {folder} is damaged ({error}); get {INDEX} and {ROWS} again") from None
     return found
 
 
 def _read(path: str, cache: Cache) -> bytes:
-    with os.fdopen(Shard(path).open(cache), "rb") as file:
+    """A small file, for which a server that does not answer is asked but twice."""
+    with os.fdopen(cache.open(path, attempts=2) if URL.match(path) else os.open(path, os.O_RDONLY), "rb") as file:
         return file.read()
 
 
@@ -160,11 +191,10 @@ def _scanned(shard: Shard, cache: Cache) -> Rows:
 
     def make() -> Rows:
         try:
-            file = shard.open(cache)
+            with os.fdopen(shard.open(cache), "rb") as tar:
+                return scan(tar, shard.path)
         except OSError as error:
             raise ValueError(f"{shard.path} cannot be read ({error.strerror})") from None
-        with os.fdopen(file, "rb") as tar:
-            return scan(tar, shard.path)
 
     return cache.rows(key, make)
 

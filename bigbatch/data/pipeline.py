@@ -128,8 +128,7 @@ class ImagePipeline(Pipeline):
     def _preprocessed(self, image: Tensor) -> Tensor:
         # in float32 at least, so that a half-precision image is rounded once
         work = torch.promote_types(self.dtype, torch.float32)
-        own = image.to(self.device, non_blocking=True).to(work, copy=image.dtype == work)
-        return self.preprocess(own)
+        return self.preprocess(image.to(self.device, non_blocking=True).to(work))
 
     def _there(self, batch: Batch) -> Batch:
         return super()._there({**batch, "image": batch["image"].to(self.dtype)})

@@ -31,6 +31,9 @@ State = dict[str, Tensor]
 LARGEST = 16_384
 """Features up to which they are whitened: a covariance takes 2 GB then."""
 
+_MOST, _ORIGIN = 255, 128
+"""The largest value that there can be, and what moments are taken about."""
+
 _EXACT = 1024
 """Rows of uint8, less 128, whose squares add up to 2²⁴ at most: exactly, in float32."""
 
@@ -39,76 +42,45 @@ _ROWS = 64
 
 
 class Moments:
-    """n, t = Σ (x - o) and S = Σ (x - o)² of every feature, or S = Σ (x - o)(x - o)ᵀ; the least and the largest value.
+    """Of samples in uint8: n, t = Σ (x - o) of every feature, S = Σ (x - o)² or Σ (x - o)(x - o)ᵀ, least and largest x.
 
-    Of uint8 the origin o is 128, and all sums are integers below 2⁵³: exact, so that they are the same however the
-    samples are split over batches and processes. Of floats o is the mean of the first batch, and where parts meet
-    that have another, it is moved, with δ = o - o':
-
-        t' = t + nδ,   S' = S + tδᵀ + δtᵀ + nδδᵀ,
-
-    which about both means (t = 0) is the pairwise update of Chan, Golub and LeVeque 1983 ("Algorithms for computing the
-    sample variance"). All is float64.
+    With the origin o = 128 t and S, float64, are integers below 2⁵³: exact, so that they are the same however the
+    samples are split over batches and processes, whose sums are added. The pairwise update of Chan, Golub and LeVeque
+    1983 ("Algorithms for computing the sample variance") would round at every merge, in an order that the layout sets.
     """
 
     def __init__(self, features: int, *, second: Literal["variance", "covariance"], device: torch.device) -> None:
-        self.n, self.low, self.high, self.unit = 0, float("inf"), -float("inf"), 1.0
-        self.origin, self.total = torch.zeros(2, features, dtype=torch.float64, device=device)
+        self.n, self.low, self.high = 0, _MOST, 0
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
         self.square = self.total.new_zeros((features, features) if second == "covariance" else features)
 
     def update(self, batch: Tensor) -> None:
-        """Take in samples (B, …), uint8, or floats whose range is [0, 1]."""
+        """Take in samples (B, …), uint8."""
         for rows in torch.split(batch.flatten(1), _EXACT):
-            exact = rows.dtype == torch.uint8
-            work = rows.to(torch.float32 if exact else torch.float64)
-            if not self.n:
-                self.origin = torch.full_like(self.origin, 128) if exact else work.mean(0)
-                self.unit = 255.0 if exact else 1.0
-            away = work - self.origin.to(work.dtype)
+            away = rows.float() - _ORIGIN
             self.n += len(rows)
             self.total += away.sum(0)
             self.square += away.T @ away if self.square.dim() == 2 else (away * away).sum(0)
-            low, high = (float(value) for value in rows.aminmax())
+            low, high = (int(value) for value in rows.aminmax())
             self.low, self.high = min(self.low, low), max(self.high, high)
 
-    def merge(self, other: Moments) -> None:
-        """Take in the samples of another, which is moved to this one's origin."""
-        if other.n:
-            if not self.n:
-                self.origin, self.unit = other.origin, other.unit
-            other.move(self.origin)
-            self.n, self.total, self.square = self.n + other.n, self.total + other.total, self.square + other.square
-            self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-
     def reduce(self, total: Callable[[Tensor], None], collect: Callable[[Any], list[Any]]) -> None:
-        """Merge those of all processes, which all call this: ``total`` sums a tensor over them in place, ``collect``
-        gives every process's value, by rank."""
-        rows = [row for row in collect((self.n, self.low, self.high, self.unit, self.origin.cpu())) if row[0]]
-        if not rows:
-            return
-        n, low, high, units, origins = zip(*rows, strict=True)
-        self.move(origins[0].to(self.origin.device))
-        self.n, self.low, self.high, self.unit = sum(n), min(low), max(high), units[0]
+        """Take in the samples of all processes, which all call this: ``total`` sums a tensor over them in place,
+        ``collect`` gives every process's value."""
+        n, low, high = zip(*collect((self.n, self.low, self.high)), strict=True)
+        self.n, self.low, self.high = sum(n), min(low), max(high)
         total(self.total)
         total(self.square)
-
-    def move(self, origin: Tensor) -> None:
-        """Make them about another origin, float64 (D,)."""
-        delta, outer = self.origin - origin, torch.outer if self.square.dim() == 2 else torch.mul
-        if delta.any():
-            self.square += outer(self.total, delta) + outer(delta, self.total) + self.n * outer(delta, delta)
-            self.total += self.n * delta
-        self.origin = origin
 
     @property
     def mean(self) -> Tensor:
         """Float64 (D,)."""
-        mean: Tensor = self.origin + self.total / self.n
+        mean: Tensor = _ORIGIN + self.total / self.n
         return mean
 
     @property
     def second(self) -> Tensor:
-        """Variances, float64 (D,), or the covariance, (D, D): (nS - ttᵀ)/n², for uint8 without any cancellation."""
+        """Variances, float64 (D,), or the covariance, (D, D): (nS - ttᵀ)/n², which alone rounds."""
         outer = torch.outer if self.square.dim() == 2 else torch.mul
         second: Tensor = (self.n * self.square - outer(self.total, self.total)) / self.n**2
         return second
@@ -116,7 +88,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the training part, in units of the largest value that there can be, ``unit``: 255 for uint8, 1 for floats.
+    """Of the training part, in units of the largest value that there can be, 255.
 
     mean, variance: float64, of the image's shape, or (C, 1, 1) where only channels are asked for. low, high: of all
     features together. covariance: (D, D), if it is asked for.
@@ -124,17 +96,16 @@ class Statistics:
 
     mean: Tensor
     variance: Tensor
-    unit: float = 255.0
     low: float = 0.0
     high: float = 1.0
     covariance: Tensor | None = None
 
     @classmethod
     def of(cls, moments: Moments, shape: tuple[int, ...]) -> Statistics:
-        unit, second = moments.unit, moments.second / moments.unit**2
+        second = moments.second / _MOST**2
         variance, covariance = (second.diagonal(), second) if second.dim() == 2 else (second, None)
-        mean = moments.mean.view(shape) / unit
-        return cls(mean, variance.view(shape), unit, moments.low / unit, moments.high / unit, covariance)
+        mean = moments.mean.view(shape) / _MOST
+        return cls(mean, variance.view(shape), moments.low / _MOST, moments.high / _MOST, covariance)
 
     @property
     def constant(self) -> Tensor:
@@ -150,10 +121,10 @@ def fit_preprocess(config: Preprocess, statistics: Statistics) -> State:
     x in the values that it is stored in, as a row; ``matrix`` (D, *shape of y). Raises ValueError where nothing varies
     in what is to be scaled, and where ``keep`` is more than varies.
     """
-    unit, low, high = statistics.unit, statistics.low, statistics.high
+    low, high = statistics.low, statistics.high
     least, width = {"unit": (0.0, 1.0), "symmetric": (0.5, 0.5), "minmax": (low, high - low)}[config.rescale]
     if not width:
-        raise ValueError(f"data.preprocess.rescale = minmax: every value of the training images is {low * unit:g}")
+        raise ValueError(f"data.preprocess.rescale = minmax: every value of the training images is {low * _MOST:g}")
     least = -least / width
     mean, variance = statistics.mean / width + least, statistics.variance / width**2
     center, std = (mean.new_tensor(value) for value in (0.0, 1.0))
@@ -169,12 +140,12 @@ def fit_preprocess(config: Preprocess, statistics: Statistics) -> State:
                 "images; scale by feature leaves such alone, or none"
             )
         std = std.masked_fill(constant, 1.0)
-    scale, shift = 1 / (unit * width * std), (least - center) / std
+    scale, shift = 1 / (_MOST * width * std), (least - center) / std
     state = {"scale": scale, "shift": shift}
     if config.whiten != "none":
         covariance, shape = statistics.covariance, mean.shape
         assert covariance is not None
-        flat = (scale * unit).expand(shape).flatten()
+        flat = (scale * _MOST).expand(shape).flatten()
         matrix = whitening(covariance * flat * flat[:, None], kind=config.whiten, eps=config.eps, keep=config.keep)
         state["matrix"] = matrix if config.whiten == "pca" else matrix.view(-1, *shape)
     return {name: tensor.cpu().contiguous() for name, tensor in state.items()}

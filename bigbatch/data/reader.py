@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -84,6 +85,8 @@ class Reader:
         raise _died(jobs)
 
     def _processes(self) -> ProcessPoolExecutor:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each tensor read ahead is an open file here
         context = multiprocessing.get_context("forkserver")
         parts = {split: self._dataset.part(split) for split in SPLITS}
         modules = {type(part).__module__ for part in parts.values()}

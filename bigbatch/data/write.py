@@ -208,4 +208,4 @@ def _finish(dest: Path, settings: dict[str, Any], jobs: list[Job], written: list
     with whole(dest / ROWS) as file:
         np.save(file, np.concatenate([rows for _, rows in written]), allow_pickle=False)
     _save(dest / INDEX, {"format": FORMAT, **settings, "shards": shards})
-    (dest / UNFINISHED).unlink()
+    (dest / UNFINISHED).unlink(missing_ok=True)

@@ -59,9 +59,14 @@ def fit(
 
 
 def _known(config: Preprocess, data: Dataset) -> Statistics | None:
-    """Of a dataset that has them beforehand, where no others are asked for."""
-    by_channel = {config.center, config.scale} <= {"none", "channel"} and config.rescale != "minmax"
-    if not by_channel or config.whiten != "none" or config.samples != "all" or data.mean is None or data.std is None:
+    """Where none are needed, any; else those of a dataset that has them beforehand, if no others are asked for."""
+    asked = {config.center, config.scale}
+    if config.rescale == "minmax" or config.whiten != "none" or not asked <= {"none", "channel"}:
+        return None
+    if asked == {"none"}:
+        zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        return Statistics(zero, one)
+    if config.samples != "all" or data.mean is None or data.std is None:
         return None
     mean, std = (values.view(-1, *[1] * (len(data.spec.shape) - 1)) for values in (data.mean, data.std))
     return Statistics(mean, std**2)
@@ -75,8 +80,6 @@ def _moments(config: Preprocess, loader: Loader, runtime: Runtime, *, seed: int,
         raise ValueError(
             f"data.preprocess.samples = {count}: the training part has {size} samples; give at most as many"
         )
-    if config.rescale != "minmax" and config.center == config.scale == config.whiten == "none":
-        count = 1  # which shows what a pixel can be
     chosen = torch.from_numpy(np.sort(permute(np.arange(count), size, fold(seed, -2)))) if count < size else None
     second: Literal["variance", "covariance"] = "variance" if config.whiten == "none" else "covariance"
     moments = Moments(math.prod(loader.dataset.spec.shape), second=second, device=runtime.device)

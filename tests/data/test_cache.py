@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """Counts what it is asked for; of names in ``cuts`` it sends half, so many times."""
 
     asked: ClassVar[Counter[str]] = Counter()
+    busy: ClassVar[set[str]] = set()
     cuts: ClassVar[Counter[str]] = Counter()
     hidden: ClassVar[set[str]] = set()
 
@@ -31,6 +34,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.asked[name] += 1
         if name in self.hidden:
             self.send_error(404)
+        elif name in self.busy:
+            self.send_error(503)
         else:
             super().do_GET()
 
@@ -59,7 +64,7 @@ def server(dest):
 def fresh(monkeypatch):
     Handler.asked.clear()
     Handler.cuts.clear()
-    Handler.hidden = set()
+    Handler.hidden, Handler.busy = set(), set()
     monkeypatch.setattr(cache_file, "PAUSES", (0.0, 0.0))
 
 
@@ -104,7 +109,7 @@ def test_a_transfer_that_breaks_off_is_tried_again(server, dest, tmp_path):
 def test_one_that_always_does_ends_the_run(server, tmp_path, unreadable):
     Handler.cuts["train-000001.tar"] = 99
     train = load_data(config(server, tmp_path, unreadable=unreadable), seed=0).train
-    message = r"train-000001\.tar:00000005: \S+/train-000001\.tar cannot be fetched: the transfer broke off"
+    message = r"train-000001\.tar:00000005: \S+/train-000001\.tar cannot be fetched: curl: \(18\) transfer closed"
     with pytest.raises(DataError, match=message):
         train.gather(torch.tensor([5]), torch.tensor([0]))
     assert tars() == {"train-000001.tar": 3}
@@ -117,7 +122,7 @@ def test_one_that_always_does_ends_the_run(server, tmp_path, unreadable):
 def test_a_shard_that_is_not_there_is_not_asked_for_again(server, tmp_path):
     Handler.hidden = {"train-000001.tar"}
     train = load_data(config(server, tmp_path), seed=0).train
-    with pytest.raises(DataError, match=r"cannot be fetched: the server has no such file"):
+    with pytest.raises(DataError, match=r"train-000001\.tar cannot be fetched: curl: .* 404"):
         train.gather(torch.tensor([5]), torch.tensor([0]))
     assert tars() == {"train-000001.tar": 1}
 
@@ -133,15 +138,62 @@ def test_a_shard_that_is_another_is_refused(server, dest, tmp_path):
         load_data(settings, seed=0).train.gather(torch.tensor([8]))
 
 
+def test_an_index_that_does_not_come_is_not_taken_for_none(server, tmp_path):
+    Handler.busy = {"index.json"}
+    with pytest.raises(ValueError, match=r"data\.train = .*index\.json cannot be fetched: curl: .* 503"):
+        size_of(config(server, tmp_path))
+    assert Handler.asked == {"index.json": 2}
+
+
+def test_a_server_that_redirects_elsewhere_is_not_followed(dest, tmp_path):
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", (dest / "train-000000.tar").as_uri())
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as made:
+        threading.Thread(target=made.handle_request).start()
+        with pytest.raises(DataError, match=r"curl: \(1\)"):
+            Cache(str(tmp_path)).open(f"http://127.0.0.1:{made.server_port}/x", attempts=1)
+
+
+def test_a_plan_fetches_without_torch(server, tmp_path):
+    code = f"""
+import sys
+from bigbatch.config.models import Shards
+from bigbatch.data.size import size_of
+config = Shards(name="shards", train="{server}/train-{{000000..000004}}.tar", validation=0.5, cache="{tmp_path}")
+sys.exit(not 0 < size_of(config) < 20 or "torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert Handler.asked == {"index.json": 1, "index.npy": 1}
+
+
+@pytest.mark.parametrize("url", ["pipe:touch {} ; echo ://a", "file://{}", "ftp://127.0.0.1/x", "-o{}"])
+def test_nothing_but_the_web_is_fetched(tmp_path, url):
+    with pytest.raises(ValueError, match="only https and http are fetched"):
+        Cache(str(tmp_path / "cache")).open(url.format(tmp_path / "made"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_curl(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"data\.train = .*curl does not start \(.*; install it"):
+        size_of(config(server, tmp_path))
+
+
 def test_a_server_that_does_not_answer(tmp_path, server):
-    with pytest.raises(
-        ValueError, match=r"data\.train = .*http://127\.0\.0\.1:1/\S+ cannot be fetched: nobody answers"
-    ):
+    with pytest.raises(ValueError, match=r"data\.train = .*http://127\.0\.0\.1:1/\S+ cannot be fetched: curl: \(7\)"):
         size_of(config("http://127.0.0.1:1", tmp_path))
 
 
 def test_one_that_falls_silent(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_file, "SILENCE", 0.2)
+    monkeypatch.setattr(cache_file, "SILENCE", 1)
+    monkeypatch.setattr(cache_file, "PAUSES", ())
     ours = threading.Event()
 
     class Silent(http.server.BaseHTTPRequestHandler):
@@ -158,7 +210,7 @@ def test_one_that_falls_silent(tmp_path, monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as silent:
         threading.Thread(target=silent.serve_forever).start()
-        with pytest.raises(DataError, match=r"cannot be fetched: nothing has come for 0\.2 s"):
+        with pytest.raises(DataError, match=r"cannot be fetched: curl: \(28\)"):
             Cache(str(tmp_path)).open(f"http://127.0.0.1:{silent.server_port}/x")
         ours.set()
         silent.shutdown()
@@ -193,5 +245,5 @@ def test_many_at_once_fetch_once(server, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"data\.cache = \S+file'"):
+    with pytest.raises(ValueError, match=r"data\.cache = \S+file': .*with room, to write to and to lock"):
         size_of(config(server, tmp_path / "file"))

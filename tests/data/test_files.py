@@ -14,6 +14,8 @@ from torchvision.transforms import v2
 
 from bigbatch.config.models import Augment, Folder
 from bigbatch.data import DataError, Loader, Stream, load_data
+from bigbatch.data.files import EncodedPart
+from bigbatch.data.transforms import Transforms
 from images import image_loader
 from pictures import BAD, encoded, pixels, write_folder
 from ranks import run_ranks
@@ -101,22 +103,47 @@ def test_workers_change_nothing(spoiled):
     assert same([epochs_on(0, 1, spoiled, 2)], epochs_on(0, 1, spoiled, 0))
 
 
-def test_in_training_the_next_that_can_be_read_takes_its_place(spoiled):
-    part = dataset(spoiled, unreadable="skip", transforms=({"Resize": {"size": [24, 24]}},)).train
-    index = torch.arange(20)
-    batch = part.gather(index, torch.zeros(20, dtype=torch.int64))
-    assert torch.equal(batch["image"][0:10:2], batch["image"][1:10:2])  # of the first ten, 0, 2, … 8 are bad
-    assert batch["image"].flatten(1).unique(dim=0).shape[0] == 15
-    assert batch["label"].tolist() == [0] * 10 + [1] * 10
+class Numbers:
+    """Images of one pixel, its number; some are not there."""
+
+    def __init__(self, size, *, gone):
+        self.labels, self.gone = torch.arange(size) + 1000, gone
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        return str(i)
+
+    def read(self, i):
+        if i in self.gone:
+            raise OSError("gone")
+        return encoded(np.array([[i]], dtype=np.uint8), "PNG")
 
 
-def test_labels_come_with_the_image_and_the_last_wraps_around(tmp_path):
-    root = write_folder(tmp_path, train=3)
-    for name in ("cat/02", "dog/02"):
-        (root / "train" / f"{name}.jpg").write_bytes(b"")
-    part = dataset(root, unreadable="skip").train
-    batch = part.gather(torch.arange(6), torch.zeros(6, dtype=torch.int64))
-    assert batch["label"].tolist() == [0, 0, 1, 1, 1, 0]
+def numbers(size, *, gone, seed=0):
+    nothing = Transforms((), shape=(1, 1, 1), key="data.transforms")
+    source = Numbers(size, gone=gone)
+    return EncodedPart(source, train=nothing, evaluation=nothing, unreadable="skip", seed=seed)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.integers(1, 20), st.integers(0, 2**40))
+def test_what_stands_in_for_an_unreadable_image_follows_from_the_files_alone(data, size, epoch):
+    gone = data.draw(st.sets(st.integers(0, size - 1), max_size=size - 1))
+    index = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=9)))
+    whole = numbers(size, gone=gone).gather(torch.arange(size), torch.zeros(size, dtype=torch.int64))
+    stand_in = whole["image"].flatten().long()
+    assert [i for i in range(size) if stand_in[i] != i] == sorted(gone) and not gone & set(stand_in.tolist())
+    assert torch.equal(whole["label"], stand_in + 1000), "its label comes with it"
+    some = numbers(size, gone=gone, seed=1).gather(index, torch.full_like(index, epoch))
+    assert torch.equal(some["image"].flatten(), stand_in[index])
+
+
+def test_many_images_share_in_standing_in_for_a_lost_shard():
+    part = numbers(250, gone=set(range(30, 180)))
+    stand_ins = part.gather(torch.arange(30, 180), torch.zeros(150, dtype=torch.int64))["image"].flatten()
+    assert stand_ins.bincount().max() <= 6 and len(stand_ins.unique()) > 60  # of 100
 
 
 def test_evaluation_leaves_out_what_cannot_be_read(spoiled):

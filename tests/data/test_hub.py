@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from bigbatch.config.models import Folder, Hub
+from bigbatch.config.models import Folder, Hub, Text
 from bigbatch.data import DataError, load_data, size_of
 
 datasets = pytest.importorskip("datasets")
@@ -135,6 +135,14 @@ def test_labels_are_class_numbers(tmp_path, labels):
     made.cast_column("image", datasets.Image()).save_to_disk(tmp_path)
     with pytest.raises(ValueError, match=r"data\.label = 'label': that column .*class_encode_column"):
         load_data(config(tmp_path, validation=0.5), seed=0)
+
+
+@pytest.mark.parametrize("name", ["pandas", "text"])
+def test_the_library_s_other_builders_are_no_names(name):
+    with pytest.raises(ValueError, match=rf"(?s)path.*{name}: is no NAMESPACE/NAME"):
+        config(name, files={"train": "x.pkl"})
+    with pytest.raises(ValueError, match=rf"(?s)hub.*{name}: is no NAMESPACE/NAME"):
+        Text(name="text", hub=name)
 
 
 def test_a_plan_can_be_made_without_the_data():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_samples_that_kill_whoever_reads_them_are_named(tmp_path):
     with pytest.raises(DataError, match=r"die over the 6 samples from number 3 on .*data\.workers"):
         reader.start("train", torch.arange(3, 9))()
     reader.close()
+
+
+def test_more_is_read_ahead_than_the_soft_limit_has_files(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reader = Reader(numbers(Mortal(tmp_path)), workers=1, pin=False)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        begun = [reader.start("train", torch.tensor([i])) for i in range(80)]
+        batches = [read() for read in begun]  # as many are held at once
+    finally:
+        reader.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(batch["number"]) for batch in batches] == list(range(100, 180))
 
 
 def own_and_wait(folder, pipe):

@@ -276,7 +276,12 @@ def test_few_shards_are_open_and_none_are_pickled(dest, monkeypatch):
         ({"train": "{root}/index.npy"}, r"data\.train = .*index\.npy is no tar file"),
         ({"train": "pipe:cat {root}/train-000000.tar"}, r"data\.train = .*there is no file pipe:cat"),
         ({"train": "{pipe:cat a://b;,x}"}, r"data\.train = .*there is no file pipe:cat a://b;"),
-        ({"train": "s3://bucket/x.tar"}, r"data\.train = .*s3://bucket/.*webdataset opens http, https"),
+        ({"train": ["pipe:a://b", "x"]}, r"data\.train = .*there is no file pipe:a://b"),
+        ({"train": "{x://a,pipe://b}"}, r"data\.train = .*: x://a: only https and http are fetched"),
+        ({"validation": "{pipe://a,pipe://b}"}, r"data\.validation = .*pipe:/+\S*: only https and http are fetched"),
+        ({"train": "file:///x.tar"}, r"data\.train = .*file:///\S*: only https and http are fetched"),
+        ({"train": "s3://bucket/x.tar"}, r"data\.train = .*s3://bucket/.*only https and http are fetched.*its path"),
+        ({"train": "https://x/{0..9}{000000000..999999999}"}, r"data\.train = .*more than 1,000,000 shards"),
         ({"validation": "{root}/other.tar"}, r"data\.validation = .*classes"),
         ({"size": 21}, r"data\.size = 21: the data has 20 training samples"),
     ],
@@ -286,6 +291,36 @@ def test_shards_that_are_not_what_they_should_be(copy, changes, message):
     there = json.loads(json.dumps(changes).replace("{root}", str(copy)))
     with pytest.raises(ValueError, match=message):
         load_data(config(copy, **there), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("index.json", b"{", r"the index in \S+ is damaged \(.*get index\.json and index\.npy again"),
+        ("index.json", b'{"format": "bigbatch shards 1"}', r"the index in \S+ is damaged \('classes'\)"),
+        ("index.npy", b"", r"the index in \S+ is damaged"),
+        ("index.npy", None, r"No such file or directory: '\S+index\.npy"),
+        ("train-000004.tar", None, r"\S+train-000004\.tar is gone, and its index\.json has it \(1 such\)"),
+    ],
+)
+@pytest.mark.parametrize("unreadable", ["fail", "skip"])
+def test_what_an_index_has_is_missed(copy, monkeypatch, name, content, message, unreadable):
+    (copy / name).unlink()
+    if content is not None:
+        (copy / name).write_bytes(content)
+    monkeypatch.chdir(copy.parent)
+    with pytest.raises(ValueError, match=message):
+        load_data(config("copy", unreadable=unreadable), seed=0)
+
+
+def test_some_of_the_shards_will_do_where_they_are_named(copy):
+    for name in ("train-000004.tar", "val-000002.tar"):
+        (copy / name).unlink()
+    some = config(copy, train=f"{copy}/train-{{000000..000003}}.tar", validation=f"{copy}/val-00000[01].tar")
+    with pytest.raises(ValueError, match=r"data\.train = .*train-000004\.tar is gone"):
+        size_of(config(copy))
+    data = load_data(some, seed=0)
+    assert (len(data.train), len(data.validation)) == (16, 8)
 
 
 def test_labels_of_all_parts_go_together(tmp_path):

@@ -3,11 +3,11 @@
 import numpy as np
 
 
-def preprocess(images, config, *, unit):
-    """Images (N, C, H, W) rescaled, centred, scaled and whitened as the sections of ``config`` say."""
+def preprocess(images, config):
+    """Images (N, C, H, W) of bytes, rescaled, centred, scaled and whitened as the sections of ``config`` say."""
     x = images.astype(np.float64)
-    low, high = {"unit": (0, unit), "symmetric": (unit / 2, unit), "minmax": (x.min(), x.max())}[config.rescale]
-    x = (x - low) / (unit / 2 if config.rescale == "symmetric" else high - low)
+    low, high = {"unit": (0, 255), "symmetric": (127.5, 255), "minmax": (x.min(), x.max())}[config.rescale]
+    x = (x - low) / (127.5 if config.rescale == "symmetric" else high - low)
     axes = {"all": (0, 1, 2, 3), "channel": (0, 2, 3), "feature": (0,)}
     if config.center != "none":
         x = x - x.mean(axes[config.center], keepdims=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+IGNORED = -100
+"""The label of a token that is not to be predicted, as torch's cross entropy has it."""
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigbatch.data import Batch, Loader, Preprocessing, Split, permute
+from bigbatch.data import SPLITS, Batch, Loader, Preprocessing, Split, permute
 from bigbatch.keyed import fold
 from bigbatch.train import fingerprints
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 CONTENT = ("image", "input_ids")
 """Columns that tell whether two samples are the same; where there is none, all of them do."""
 _AT_ONCE, _SECONDS, _BATCHES, _SHOWN = 256, 2.0, 3, 16

@@ -269,6 +269,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     try:
         saved = open_newest(path / "checkpoints") if is_run else open_checkpoint(path)
         with _assembled(config, plan, lambda runtime: saved.preprocess()) as parts:
+            _check_tokenizer(parts, run)
             _load(parts, saved)
             metrics: dict[str, Any] = evaluate(parts, args.split)
             if missed := unreadable(parts):
@@ -302,6 +303,15 @@ def _verify(args: argparse.Namespace) -> int:
         return _say(str(error), FAILED)
     print(verdict.to_json() if args.json else verdict.text(f"{args.config}, {config.precision}"))
     return OK if verdict.same else FAILED
+
+
+def _check_tokenizer(parts: Parts, run: Path) -> None:
+    from bigbatch.data.tokenizer import check_tokenizer
+
+    try:
+        check_tokenizer(parts.loader.dataset.tokenizer, run / "tokenizer.json")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _load(parts: Parts, saved: Saved) -> None:

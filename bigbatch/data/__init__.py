@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .augment import augment_images
-    from .base import Batch, DataError, Dataset, Part, Split, TensorPart
+    from .base import SPLITS, Batch, DataError, Dataset, Part, Split, TensorPart
     from .loader import Loader
     from .mix import mix_images, partners
     from .pipeline import ImagePipeline, Pipeline, PlainPipeline, TextPipeline
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "augment": ("augment_images",),
-    "base": ("Batch", "DataError", "Dataset", "Part", "Split", "TensorPart"),
+    "base": ("SPLITS", "Batch", "DataError", "Dataset", "Part", "Split", "TensorPart"),
     "loader": ("Loader",),
     "mix": ("mix_images", "partners"),
     "pipeline": ("ImagePipeline", "Pipeline", "PlainPipeline", "TextPipeline"),
@@ -30,7 +30,7 @@ _FILES = {
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
-    "Batch", "DataError", "Dataset", "ImagePipeline", "Loader", "MemoryPart", "Moments", "Part", "Pipeline",
+    "SPLITS", "Batch", "DataError", "Dataset", "ImagePipeline", "Loader", "MemoryPart", "Moments", "Part", "Pipeline",
     "PlainPipeline", "Preprocessing", "Split", "Statistics", "Stream", "SyntheticPart", "TensorPart", "TextPipeline",
     "augment_images", "fit_preprocess", "load_data", "mix_images", "order", "partners", "permute", "shares", "size_of",
     "whitening",

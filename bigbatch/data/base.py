@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, "Tensor"]
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 class DataError(ValueError):

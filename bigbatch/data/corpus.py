@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -24,8 +24,9 @@ from uuid import uuid4
 
 from bigbatch.config.models import Text
 
-from .base import needs
-from .documents import SPLITS, documents, files
+from .base import SPLITS, needs
+from .cache import locked
+from .documents import documents, files
 from .tokenizer import NAMES, make_tokenizer, special_tokens, tokenizer_file
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def corpus(config: Text) -> Corpus:
     if kept := _kept(folder):
         return kept
     try:
-        with _alone(folder):
+        with ExitStack() as held:
+            with suppress(OSError):  # a file system without locks: then several may build, and the first to end counts
+                held.enter_context(locked(folder.with_suffix(".lock")))
             return _kept(folder) or _build(config, folder)
     except OSError as error:
         raise ValueError(f"data.cache = {config.cache!r}: {error}; give a folder that can be written") from None
@@ -120,21 +123,9 @@ def _kept(folder: Path) -> Corpus | None:
     return found if all(sizes) else None
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, against the other processes of this machine."""
-    import fcntl
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        with suppress(OSError):  # a file system without locks: then several may build, and the first to end counts
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _build(config: Text, folder: Path) -> Corpus:
     part = folder.with_name(f".{folder.name}.{uuid4().hex}")
-    part.mkdir()
+    part.mkdir(parents=True)
     try:
         tokenizer = make_tokenizer(config.tokenizer, partial(documents, config))
         text = tokenizer.to_str()
@@ -170,8 +161,13 @@ def _build(config: Text, folder: Path) -> Corpus:
             meta["rows"][split] = count
         meta["digest"] = digest.hexdigest()
         (part / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:  # something is there
+            if kept := _kept(folder):
+                return kept
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Corpus(folder, **meta)

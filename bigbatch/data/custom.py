@@ -11,10 +11,9 @@ from torch import Tensor
 from bigbatch.config.models import Augment, CustomData
 from bigbatch.custom import load_target, told
 
-from .base import Batch, DataError, Dataset, Part, Split
+from .base import SPLITS, Batch, DataError, Dataset, Part, Split
 
 KEY = "data.target"
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def load_custom(config: CustomData, *, seed: int) -> Dataset:

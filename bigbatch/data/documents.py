@@ -9,17 +9,17 @@ from glob import glob
 from hashlib import blake2b
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bigbatch.config.models import Text
 
-from .base import needs
+from .base import SPLITS, Split, needs
+from .hub import open_split
 
-SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
 TABLES = (".jsonl", ".parquet", ".arrow")
 
 
-def documents(config: Text, split: Literal["train", "validation", "test"] = "train") -> Iterator[str]:
+def documents(config: Text, split: Split = "train") -> Iterator[str]:
     """Those of one part, without those that are blank.
 
     A part that is a share has the training documents whose number's hash falls into it, whatever the seed of the run.
@@ -76,10 +76,7 @@ def _file(config: Text, path: Path) -> Iterator[str]:
         if path.suffix == ".jsonl":
             yield from _lines_of_json(config, path)
         elif path.suffix in TABLES:
-            with needs("text", "datasets"):
-                from datasets import Dataset
-            table = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_file(str(path))
-            yield from _column(config, table, str(path))
+            yield from _column(config, _table(path), str(path))
         elif config.document == "file":
             yield path.read_text(encoding="utf-8")
         else:
@@ -89,6 +86,15 @@ def _file(config: Text, path: Path) -> Iterator[str]:
         raise ValueError(f"{path}: is not UTF-8 ({error}); convert it") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def _table(path: Path) -> Any:
+    with needs("text", "datasets"):
+        from datasets import Dataset
+    try:
+        return Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_file(str(path))
+    except Exception as error:  # of many kinds, the last of which says least
+        raise ValueError(f"{path}: cannot be read ({error.__cause__ or error}); put a whole file there") from None
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -121,22 +127,19 @@ def _lines_of_json(config: Text, path: Path) -> Iterator[str]:
 
 def _hub(config: Text, split: str) -> Iterator[str]:
     assert config.hub is not None
-    with needs("text", "datasets"):
-        import datasets
     for name in _names(config, split):
-        path = os.path.expanduser(config.hub)
-        try:
-            if Path(path, "dataset_dict.json").is_file():
-                table = datasets.load_from_disk(path)[name]
-            else:
-                table = datasets.load_dataset(path, config.hub_config, split=name, revision=config.hub_revision)
-        except Exception as error:  # of many kinds, for what is not there, not reachable or not readable
-            raise ValueError(f"data.hub = {config.hub!r}: its {name} cannot be had ({error})") from None
+        what = f"data.hub = {config.hub!r}: its {name}"
+        with needs("text", "datasets"):
+            table = open_split(config.hub, name, what=what, config=config.hub_config, revision=config.hub_revision)
         yield from _column(config, table, config.hub)
 
 
 def _column(config: Text, table: Any, where: str) -> Iterator[str]:
     if config.field not in table.column_names:
         raise ValueError(f"data.field = {config.field!r}: {where} has no such column; it has {table.column_names}")
-    for row in table.select_columns([config.field]):
-        yield row[config.field] or ""
+    for number, row in enumerate(table.select_columns([config.field])):
+        text = row[config.field]
+        if not isinstance(text, str | None):
+            what = f"row {number} of {where} is no text but {text!r:.40}"
+            raise ValueError(f"data.field = {config.field!r}: {what}; name another column")
+        yield text or ""

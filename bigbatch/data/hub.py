@@ -105,25 +105,49 @@ def _split(config: Hub, key: Split) -> tuple[HubSource, tuple[str, ...]]:
 
 
 def _table(config: Hub, key: Split, *, fetch: bool = True) -> Any:
-    """A split as the library has it."""
+    split = getattr(config, key)
     with needs("images", "datasets"):
-        import datasets
+        return open_split(
+            config.path,
+            split,
+            what=f"data.{key} = {split!r} of data.path = {config.path!r}",
+            config=config.config,
+            revision=config.revision,
+            files=_files(config),
+            fetch=fetch,
+        )
+
+
+def open_split(
+    path: str,
+    split: str,
+    *,
+    what: str,
+    config: str | None,
+    revision: str | None,
+    files: dict[str, list[str]] | None = None,
+    fetch: bool = True,
+) -> Any:
+    """A split as the library has it. Raises ValueError, which says ``what`` cannot be had, and ImportError without the
+    library."""
+    import datasets
+
     datasets.disable_progress_bars()
-    path, split = os.path.expanduser(config.path), getattr(config, key)
+    path = os.path.expanduser(path)
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(path)
             return saved[split] if isinstance(saved, dict) else datasets.DatasetDict(train=saved)[split]
         return datasets.load_dataset(
             path,
-            config.config,
-            data_files=_files(config),
-            revision=config.revision,
+            config,
+            data_files=files,
+            revision=revision,
             split=split,
             download_config=datasets.DownloadConfig(local_files_only=not fetch),
         )
     except Exception as error:  # of many kinds, by version and by what the dataset is made of
-        raise ValueError(f"data.{key} = {split!r} of data.path = {config.path!r}: {error}") from None
+        raise ValueError(f"{what} cannot be had ({error})") from None
 
 
 def _files(config: Hub) -> dict[str, list[str]] | None:

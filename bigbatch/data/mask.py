@@ -10,10 +10,8 @@ from torch import Tensor
 
 from bigbatch.config.models import Mask
 from bigbatch.keyed import hashed, uniform
-from bigbatch.spec import Spec
+from bigbatch.spec import IGNORED, Spec
 
-IGNORED = -100
-"""The label of a token that is not to be predicted, as torch's cross entropy has it."""
 _ACTION, _TOKEN = range(2)
 
 
@@ -36,11 +34,13 @@ class Vocabulary:
         model = json.loads(tokenizer)["model"]
         # Unigram models list their tokens with scores, the others number them.
         tokens = [token for token, _ in model["vocab"]] if isinstance(model["vocab"], list) else model["vocab"]
-        begin = next((mark for mark in ("Ġ", "▁") if any(token.startswith(mark) for token in tokens)), None)
+        # A mark where words go on, as WordPiece has it, or one where they begin; without either, tokens are words.
+        inside = model.get("continuing_subword_prefix")
+        begin = next((mark for mark in ("Ġ", "▁") if any(token.startswith(mark) for token in tokens)), "")
         ids = tokens.items() if isinstance(tokens, dict) else ((token, i) for i, token in enumerate(tokens))
         special, continues = torch.zeros(2, spec.classes, dtype=torch.bool)
         for token, i in ids:
-            continues[i] = token.startswith("##") if begin is None else not token.startswith(begin)
+            continues[i] = token.startswith(inside) if inside else not token.startswith(begin)
         special[list(spec.special.values())] = True
         return cls(spec.special["mask"], special.to(device), continues.to(device))
 

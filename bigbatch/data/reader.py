@@ -16,9 +16,8 @@ from torch import Tensor
 
 from bigbatch.signals import end_with_owner
 
-from .base import Batch, DataError, Dataset, Part, Split
+from .base import SPLITS, Batch, DataError, Dataset, Part, Split
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Problems = dict[str, str]
 """What was unreadable, by name, and why."""
 

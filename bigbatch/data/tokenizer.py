@@ -96,6 +96,15 @@ def _bytes(settings: Settings, documents: Callable[[], Iterable[str]]) -> Tokeni
     return tokenizer
 
 
+def check_tokenizer(ours: str, kept: Path) -> None:
+    """ValueError if the text's tokenizer, the content of a tokenizer.json, is not that in ``kept``, if there is one."""
+    if ours and kept.is_file() and _load(str(kept)).to_str() != ours:  # as this version of the library writes both
+        raise ValueError(
+            f"data.tokenizer: ids of this text stand for other tokens than in {kept}; give the text that that one was "
+            f"trained on, or data.tokenizer.path={kept}"
+        )
+
+
 def tokenizer_file(path: str) -> Path:
     """tokenizer.json, of a path to it or to its folder."""
     found = Path(os.path.expanduser(path))

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigbatch.config.models import CausalLM, MaskedLM
-from bigbatch.spec import Spec
+from bigbatch.spec import IGNORED, Spec
 
-IGNORED = -100
 PREFIX = "transformers/"
 HEADS = ("cls", "lm_head", "predictions")
 """Where transformers keeps the layers from a hidden state to the vocabulary, of BERT's and many other models."""
@@ -103,7 +102,10 @@ class LanguageTask:
             if key in given or not hasattr(default, key):
                 why = "follows from the data" if key in given else f"no option of {name}"
                 raise ValueError(f"task.options.{key} = {config.options[key]!r}: {why}; remove it")
-        return make(name, **{k: v for k, v in given.items() if hasattr(default, k)}, **config.options)
+        try:
+            return make(name, **{k: v for k, v in given.items() if hasattr(default, k)}, **config.options)
+        except Exception as error:  # the library checks some options' types, with exceptions of its own
+            raise ValueError(f"{config.what}: {error}; change task.options") from error
 
     @torch.no_grad()
     def _try(self, model: nn.Module) -> None:

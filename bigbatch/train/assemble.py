@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch.config import RunConfig
-from bigbatch.config.models import CustomTask, Preprocess, Text
+from bigbatch.config.models import Preprocess, Text
 from bigbatch.data import (
     Dataset,
     ImagePipeline,
@@ -92,7 +92,9 @@ def _build(
 
     # The initial weights are a function of the seed alone, the same on every process.
     torch.manual_seed(config.seed)
-    model = task.build_model().to(runtime.device, runtime.dtype)
+    # Of pretrained models, transformers fetches the configuration.
+    with runtime.first_on_this_machine() if config.task.weights == "pretrained" else nullcontext():
+        model = task.build_model().to(runtime.device, runtime.dtype)
     model = convert_norm(model, norm=config.norm, micro=plan.micro_batch, neighbours=runtime.neighbours)
     if config.norm.zero_init_residual:
         zero_init_residual(model)
@@ -217,7 +219,7 @@ def _try(
         if runtime.world_size > 1:
             # The second pass is where DistributedDataParallel tells of parameters that the first did not reach.
             _check_reached(strategy, passes)
-        if isinstance(config.task, CustomTask):
+        if custom:
             evaluation()
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigbatch.config import ConfigError
+from bigbatch.data.tokenizer import check_tokenizer
 from bigbatch.norm import SpanBatchNorm
 from bigbatch.tasks import Pretrained
 
@@ -63,7 +64,8 @@ def start(parts: Parts) -> Clock:
         weights = _pretrained(parts, parts.task)
     else:
         with runtime.together():
-            found = _find(settings.weights) if runtime.rank == 0 else None
+            tokenizer = parts.loader.dataset.tokenizer
+            found = _find(settings.weights, tokenizer) if runtime.rank == 0 else None
         found = runtime.agree(found)
         with runtime.together():
             weights = _read(found)
@@ -84,17 +86,21 @@ def _pretrained(parts: Parts, task: Pretrained) -> dict[str, Tensor]:
             raise ConfigError(str(error)) from None
 
 
-def _find(weights: str) -> Path:
-    """The file of a checkpoint, the newest of a run, or as it is named."""
+def _find(weights: str, tokenizer: str) -> Path:
+    """The file of a checkpoint, the newest of a run, or as it is named. ConfigError where there is none, and for
+    weights of a run on text that had another tokenizer."""
     path, way_out = Path(weights).expanduser(), "give a run or checkpoint directory, or a .safetensors file"
+    file = path / MODEL if path.is_dir() else path
     try:
         if (path / "checkpoints").is_dir():
-            return open_newest(path / "checkpoints").path / MODEL
-        if (path / MANIFEST).is_file():
-            return open_checkpoint(path).path / MODEL
-    except RunError as error:
+            file = open_newest(path / "checkpoints").path / MODEL
+        elif (path / MANIFEST).is_file():
+            open_checkpoint(path)
+        for folder in [*file.absolute().parents][:3:2]:  # an export's, or that of a run, whose checkpoint this is
+            if (folder / "config.yaml").is_file():
+                check_tokenizer(tokenizer, folder / "tokenizer.json")
+    except (RunError, ValueError) as error:
         raise ConfigError(f"task.weights = {weights!r}: {error}") from None
-    file = path / MODEL if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"task.weights = {weights!r}: there is no {file}; {way_out}")
     if file.suffix != ".safetensors":

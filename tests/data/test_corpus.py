@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import pickle
 import subprocess
@@ -15,6 +17,7 @@ from bigbatch.config.models import Text
 from bigbatch.data import load_data, size_of
 from bigbatch.data.corpus import corpus
 from bigbatch.data.documents import documents
+from bigbatch.data.tokenizer import special_tokens
 
 SENTENCES = [
     f"the {a} {b} and the {c} of it." for a in ["red", "old", "bad"] for b in ["cat", "dog"] for c in ["end", "way"]
@@ -84,6 +87,13 @@ def test_tables_of_documents(tmp_path):
         list(documents(saved.model_copy(update={"field": "text"}), "validation"))
     with pytest.raises(ValueError, match=r"x\.jsonl, line 1: no JSON object with a text under data\.field = 'text'"):
         list(documents(files.model_copy(update={"field": "text"})))
+    datasets.Dataset.from_dict({"body": [None, 0]}).to_parquet(str(tmp_path / "x.parquet"))
+    with pytest.raises(ValueError, match=r"data\.field = 'body': row 1 of .*x\.parquet is no text but 0"):
+        list(documents(files, "validation"))
+    for kind in ("parquet", "arrow"):
+        damaged = write(tmp_path / f"damaged.{kind}", "no table")
+        with pytest.raises(ValueError, match=rf"damaged\.{kind}: cannot be read \(.*\); put a whole file there"):
+            list(documents(files.model_copy(update={"validation": damaged}), "validation"))
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -113,6 +123,30 @@ def test_without_packing_a_row_is_a_document(folder):
         assert row.tolist() == ids + [special["pad"]] * (12 - len(ids))
         assert attends.tolist() == [1] * len(ids) + [0] * (12 - len(ids))
     assert len(pickle.dumps(part)) < 500  # a path, not its rows
+
+
+def test_padding_may_be_the_token_that_ends_a_text(folder, tmp_path):
+    """As GPT-2 has it: one token for all, of which the first and the one behind the text are seen."""
+    tree = json.loads(corpus(text(folder)).tokenizer)
+    tree["added_tokens"] = []
+    tree["model"]["vocab"] = {
+        {"[PAD]": "<|endoftext|>"}.get(token, token.lower()): i for token, i in tree["model"]["vocab"].items()
+    }
+    tree["model"]["unk_token"] = "[unk]"
+    config = text(
+        folder,
+        train=write(tmp_path / "x.txt", "the cat\nthe red dog and the old cat and the end\n☃\n"),
+        validation=str(folder / "a.txt"),
+        test=str(folder / "a.txt"),
+        tokenizer={"path": write(tmp_path / "tokenizer.json", json.dumps(tree)), "vocabulary": 8192},
+        packing=False,
+    )
+    data = load_data(config, seed=0)
+    assert {data.spec.special[role] for role in ("pad", "cls", "sep")} == {0}
+    tokens, attends = data.train.gather(torch.arange(3)).values()
+    lengths = [len(Tokenizer.from_str(data.tokenizer).encode(line).ids) for line in documents(config)]
+    assert attends.sum(1).tolist() == [min(8, n + 2) for n in lengths]
+    assert (attends.diff(dim=1) <= 0).all() and tokens[attends == 0].eq(0).all()
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
@@ -147,6 +181,23 @@ def test_what_is_kept_is_used_until_it_is_damaged_or_the_text_changes(folder, tm
     for other in ({"length": 9}, {"packing": False}, {"validation": 0.3}, {"train": str(folder / "a.txt")}):
         assert corpus(text(folder, **{"cache": str(tmp_path), **other})).folder != first.folder
     assert corpus(text(folder, cache=str(tmp_path), mask=None)).folder == first.folder
+
+
+def test_who_ends_later_without_locks_takes_what_is_there(folder, tmp_path, monkeypatch):
+    def nested(tokenizer):
+        monkeypatch.setattr("bigbatch.data.corpus.special_tokens", special_tokens)
+        found.append((first := corpus(config), first.file("train").stat().st_ino))
+        return special_tokens(tokenizer)
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr("bigbatch.data.corpus.special_tokens", nested)
+    config, found = text(folder, cache=str(tmp_path)), []
+    last = corpus(config)
+    assert found == [(last, last.file("train").stat().st_ino)]
+    assert [path.name for path in (tmp_path / "text").iterdir() if path.is_dir()] == [last.folder.name]
 
 
 def test_size_is_counted_or_given(folder, tmp_path):

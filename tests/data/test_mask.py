@@ -19,7 +19,8 @@ from reference.mask import mask_row
 V, SPECIAL = 40, {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"{'##' * (i % 3 == 0)}t{i}" for i in range(5, V))]
 CPU, SPEC = torch.device("cpu"), Spec((9,), V, special=SPECIAL)
-WORDS = Vocabulary.of(json.dumps({"model": {"vocab": {token: i for i, token in enumerate(TOKENS)}}}), SPEC, CPU)
+MODEL = {"continuing_subword_prefix": "##", "vocab": {token: i for i, token in enumerate(TOKENS)}}
+WORDS = Vocabulary.of(json.dumps({"model": MODEL}), SPEC, CPU)
 
 
 def masked(tokens, *, config, seed=3, epoch=0, index=None):
@@ -104,5 +105,8 @@ def test_where_words_go_on():
         spec = Spec((9,), 4, special={"cls": 0, "mask": 3})
         found = Vocabulary.of(json.dumps({"model": model}), spec, CPU)
         assert (found.continues & ~found.special).tolist() == [False, False, True, False]
+    also = {**MODEL, "vocab": {**MODEL["vocab"], "▁": V, "Ġ": V + 1}}
+    found = Vocabulary.of(json.dumps({"model": also}), Spec((9,), V + 2, special=SPECIAL), CPU)
+    assert found.continues.tolist() == [*WORDS.continues.tolist(), False, False]
     with pytest.raises(ValueError, match=r"data\.mask: the tokenizer has no \[MASK\]"):
         Vocabulary.of(json.dumps({"model": {"vocab": {}}}), Spec((9,), 4, special={"cls": 0}), CPU)

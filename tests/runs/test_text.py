@@ -63,8 +63,12 @@ def test_a_run_goes_on_with_its_text_and_not_with_another(
     text.write_text(content.replace("water", "river"), encoding="utf-8")
     assert main(["train", str(path)]) == 2
     assert "data: its content or tokenizer is not what" in capsys.readouterr().err
+    for other in (["evaluate", str(run)], ["train", str(path), f"task.weights={run}", f"run.dir={tmp_path / 'tuned'}"]):
+        assert main(other) == 2
+        assert f"other tokens than in {run / 'tokenizer.json'}; give" in capsys.readouterr().err
     text.write_text(content, encoding="utf-8")
     assert main(["train", str(path), "data.workers=1"]) == 0
+    assert main(["evaluate", str(run)]) == 0
     assert main(["train", str(path), f"run.dir={tmp_path / 'whole'}"]) == 0
     summaries = [json.loads((where / "summary.json").read_text()) for where in (run, tmp_path / "whole")]
     assert summaries[0]["parameters_sha256"] == summaries[1]["parameters_sha256"]

@@ -137,6 +137,7 @@ def test_the_model_has_the_vocabulary_and_special_tokens_of_the_data():
         (lambda: masked(hidden=3), r"task\.options\.hidden = 3: no option of bert; remove it"),
         (lambda: masked(vocab_size=3), r"task\.options\.vocab_size = 3: follows from the data; remove it"),
         (lambda: masked(num_attention_heads=3), r"task\.options = .*hidden size .*; change the model or task\.options"),
+        (lambda: masked(hidden_size="abc"), r"(?s)task\.options = .*hidden_size.*; change task\.options"),
         (lambda: masked(max_position_embeddings=4), r"does not take rows of data\.length = 8"),
         (
             lambda: build_task(CausalLM(name="causal_lm", model="transformers/bert", options=BERT), SPEC),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -19,6 +20,10 @@ from .base import Batch, DataError, Dataset
 from .decode import Encoded, Unreadable
 from .listing import Listing, list_other, list_train
 from .transforms import Transforms, keyed_generator, sample_seeds
+
+
+BAD = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
+"""Errors of a file that is no image. Any other may be gone the next time, and passing over would make it another run."""
 
 
 class Source(Protocol):
@@ -127,7 +132,9 @@ class EncodedPart:
         except DataError:
             raise
         except OSError as error:
-            raise Unreadable(error.strerror or str(error)) from error
+            if error.errno in BAD:
+                raise Unreadable(error.strerror or str(error)) from error
+            raise DataError(f"cannot be read now ({error}); the same command goes on when that is well again") from error
         except ValueError as error:
             raise Unreadable(str(error)) from error
 
@@ -154,7 +161,9 @@ def load_files(config: Folder | Shards | Hub, *, seed: int) -> Dataset:
     default: tuple[Transform, ...] = ({"RandomResizedCrop": {"size": size}},)
     steps = default if config.transforms is None else config.transforms
     train = Transforms(steps, shape=config.shape, key="data.transforms")
-    default = ({"Resize": {"size": [side * 8 // 7 for side in size]}}, {"CenterCrop": {"size": size}})
+    larger = [side * 8 // 7 for side in size]
+    # One number is that of the shorter side, and keeps what is round round.
+    default = ({"Resize": {"size": larger[0] if size[0] == size[1] else larger}}, {"CenterCrop": {"size": size}})
     steps = default if config.eval_transforms is None else config.eval_transforms
     evaluation = Transforms(steps, shape=config.shape, key="data.eval_transforms")
     fit, held, last = (

@@ -305,6 +305,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _load(parts: Parts, saved: Saved) -> None:
+    from bigbatch.train import check_classes
+
+    check_classes(parts, saved)
     try:
         parts.model.load_state_dict(saved.model())
     except RuntimeError as error:

@@ -16,14 +16,13 @@ from bigbatch.config.data import Transform
 from bigbatch.config.models import Folder, Hub, Shards
 from bigbatch.spec import Spec
 
-from .base import Batch, DataError, Dataset
+from .base import Batch, DataError, Dataset, digest_of
 from .decode import Encoded, Unreadable
 from .listing import Listing, list_other, list_train
 from .transforms import Transforms, keyed_generator, sample_seeds
 
-
 BAD = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
-"""Errors of a file that is no image. Any other may be gone the next time, and passing over would make it another run."""
+"""Errors of a file that is no image. Any other may be gone the next time, and passing over would make another run."""
 
 
 class Source(Protocol):
@@ -32,6 +31,10 @@ class Source(Protocol):
     @property
     def labels(self) -> Tensor:
         """int64 (N,)."""
+
+    @property
+    def digest(self) -> str:
+        """Changes with which samples there are, their order and labels. Images are not read for it."""
 
     def __len__(self) -> int: ...
 
@@ -53,6 +56,10 @@ class FolderSource:
         self._files: NDArray[np.bytes_] = np.array(
             [os.fsencode(f) for files in listing.files for f in files], dtype="S"
         )
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.labels.numpy().tobytes(), self._files.tobytes())
 
     def __len__(self) -> int:
         return len(self._files)
@@ -134,7 +141,7 @@ class EncodedPart:
         except OSError as error:
             if error.errno in BAD:
                 raise Unreadable(error.strerror or str(error)) from error
-            raise DataError(f"cannot be read now ({error}); the same command goes on when that is well again") from error
+            raise DataError(f"cannot be read now ({error}); run again when that is well") from error
         except ValueError as error:
             raise Unreadable(str(error)) from error
 
@@ -170,7 +177,8 @@ def load_files(config: Folder | Shards | Hub, *, seed: int) -> Dataset:
         EncodedPart(source, train=train, evaluation=evaluation, unreadable=config.unreadable, seed=seed)
         for source in sources
     )
-    return Dataset(fit, held, last, Spec(config.shape, classes, names))
+    digest = digest_of(repr(names).encode(), *(source.digest.encode() for source in sources))
+    return Dataset(fit, held, last, Spec(config.shape, classes, names), digest=digest)
 
 
 def _classes(config: Folder | Shards | Hub, sources: Sequence[Source], names: tuple[str, ...]) -> int:

@@ -16,8 +16,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 
 @dataclass(frozen=True)
 class Listing:
-    """Images in class folders: ``files[k]`` are paths below ``root/classes[k]``, in order. An image and a class folder may
-    be links, a folder below that not."""
+    """Images in class folders: ``files[k]`` are paths below ``root/classes[k]``, in order. Images and class folders
+    may be links, folders below them not."""
 
     root: str
     classes: tuple[str, ...]

@@ -14,8 +14,8 @@ class Spec:
     """Of every sample of a dataset, as the model gets it.
 
     shape: (C, H, W) of an image, (L,) of a row of tokens. classes: of labels, or tokens in the vocabulary; 0
-    where there are none. names: of
-    the classes, where they have any. special: ids of tokens that are no text, such as ``pad`` and ``mask``.
+    where there are none. names: of the classes, where they have any. special: ids of tokens that are no text, such as
+    ``pad`` and ``mask``.
     """
 
     shape: tuple[int, ...]

@@ -315,6 +315,9 @@ def _check_tokenizer(parts: Parts, run: Path) -> None:
 
 
 def _load(parts: Parts, saved: Saved) -> None:
+    from bigbatch.train import check_classes
+
+    check_classes(parts, saved)
     try:
         parts.model.load_state_dict(saved.model())
     except RuntimeError as error:

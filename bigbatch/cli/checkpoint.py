@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbatch import __version__
-from bigbatch.cli import FAILED, OK, _say, add_allow_custom
+from bigbatch.cli import FAILED, OK, _say
 from bigbatch.config import ConfigError, RunConfig, dump_config, load_config
-from bigbatch.config.models import Classification, CustomTask
+from bigbatch.config.models import Classification, CustomTask, Text
 from bigbatch.custom import ALLOW
 from bigbatch.spec import Spec
 
 if TYPE_CHECKING:
-    from bigbatch.data import Dataset
     from bigbatch.data.preprocess import State
     from bigbatch.train.saved import Saved
 
@@ -40,6 +39,11 @@ from safetensors.torch import load_file
 model.load_state_dict(load_file("model.safetensors"))
 model.eval()
 {usage}```
+"""
+NAMES = """\
+with open("classes.json") as file:
+    names = json.load(file)
+print(names[int(logits[0].argmax())])
 """
 IMAGES = """\
 {statistics}
@@ -81,7 +85,6 @@ def add_checkpoint(verbs: Any) -> None:
         action.add_argument("path", help=path)
     actions.choices["ls"].add_argument("--json", action="store_true", help="print the list as JSON")
     actions.choices["export"].add_argument("dest", help="directory that is not there yet")
-    add_allow_custom(actions.choices["export"])
 
 
 def _ls(args: argparse.Namespace) -> int:
@@ -113,22 +116,23 @@ def _export(args: argparse.Namespace) -> int:
     config = load_config(run / "config.yaml")
     part = dest.with_name(f".{dest.name}.{os.getpid()}.part")
 
-    from bigbatch.data import load_data
     from bigbatch.train import RunError, open_checkpoint, open_newest
     from bigbatch.train.saved import MODEL, PREPROCESS
 
     try:
         saved = open_newest(run / "checkpoints") if run == Path(args.path) else open_checkpoint(Path(args.path))
-        data = load_data(config.data, seed=config.seed)
-        card = _card(config, data, run, saved)
+        spec, tokenizer = saved.spec(), run / "tokenizer.json"
+        card = _card(config, spec, run, saved)
         part.mkdir(parents=True)
         copy = replace(saved, path=part)
         for name, load in ((MODEL, copy.model), (PREPROCESS, copy.preprocess)):
             shutil.copyfile(saved.path / name, part / name)
             load()  # which holds the copy against the checksum
         (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        if data.tokenizer:
-            (part / "tokenizer.json").write_text(data.tokenizer, encoding="utf-8")
+        if spec.names:
+            (part / "classes.json").write_text(json.dumps(spec.names, indent=2))
+        if isinstance(config.data, Text) or tokenizer.is_file():
+            shutil.copyfile(tokenizer, part / tokenizer.name)
         (part / "README.md").write_text(card, encoding="utf-8")
         part.rename(dest)
     except (RunError, OSError) as error:
@@ -177,21 +181,23 @@ def _rows(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _card(config: RunConfig, dataset: Dataset, run: Path, saved: Saved) -> str:
-    preprocess, state, shape = saved.preprocess(), saved.state, dataset.spec.shape
+def _card(config: RunConfig, spec: Spec, run: Path, saved: Saved) -> str:
+    preprocess, state, shape = saved.preprocess(), saved.state, spec.shape
     gets = shape if "matrix" not in preprocess else tuple(preprocess["matrix"].shape[1:])
-    name, build = _build(config, replace(dataset.spec, shape=gets), channels=shape[0])
+    name, build = _build(config, replace(spec, shape=gets), channels=shape[0])
     if config.norm.kind != "batch":
         norm = f"Norm(kind={config.norm.kind!r}, groups={config.norm.groups})"
         build = f"from bigbatch.config.models import Norm\nfrom bigbatch.norm import convert_norm\n{build}\n"
         build += f"convert_norm(model, norm={norm}, micro=1, neighbours=None)"
     usage = ""
-    if dataset.tokenizer:
+    if isinstance(config.data, Text):
         build = f"from tokenizers import Tokenizer\n{build}"
-        usage = TEXT.format(cls=dataset.spec.special["cls"])
+        usage = TEXT.format(cls=spec.special["cls"])
     if preprocess:
         statistics, code = _code(preprocess)
         usage = IMAGES.format(statistics=statistics, preprocess=code, shape=", ".join(map(str, shape)))
+        if spec.names:
+            build, usage = f"import json\n\n{build}", usage + NAMES
     metrics = {f"validation {metric}": f"{value:.4g}" for metric, value in (state["metrics"] or {}).items()}
     decisions = json.loads((run / "plan.json").read_text(encoding="utf-8"))["decisions"]
     return CARD.format(

@@ -125,7 +125,7 @@ class _Files(_Images):
         None, description="As above; default: RandomResizedCrop to the shape."
     )
     eval_transforms: tuple[Transform, ...] | None = Field(  # type: ignore[assignment]
-        None, description="As above; default: Resize to 8/7 of the shape, CenterCrop."
+        None, description="As above; default: Resize to 8/7 of the shape (a square's shorter side), CenterCrop."
     )
     unreadable: Literal["fail", "skip"] = Field(
         "fail", description="An image that cannot be read ends the run, or is counted, named and replaced by another."

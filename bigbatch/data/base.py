@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ def needs(extra: str, package: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ValueError(f"{package} is not installed ({error}); pip install 'bigbatch[{extra}]'") from None
+
+
+def digest_of(*content: bytes) -> str:
+    """SHA-256 of these, and of where each ends."""
+    return hashlib.sha256(b"".join(hashlib.sha256(piece).digest() for piece in content)).hexdigest()
 
 
 class Part(Protocol):
@@ -66,7 +72,8 @@ class Dataset:
     and preprocessed, text is masked, anything else is plain.
     mean, std: of the training part's pixels / 255, float64 (C,), where they are known beforehand.
     tokenizer: of text, the content of tokenizer.json.
-    digest: changes with the samples, where they are made of something that a recipe only names.
+    digest: changes with the samples, where they are made of something that a recipe only names; a run goes on with
+    the same alone.
     """
 
     train: Part

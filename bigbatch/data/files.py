@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
@@ -16,11 +17,14 @@ from bigbatch.config.models import Folder, Hub, Shards
 from bigbatch.keyed import fold
 from bigbatch.spec import Spec
 
-from .base import Batch, DataError, Dataset
+from .base import Batch, DataError, Dataset, digest_of
 from .decode import Encoded, Unreadable
 from .listing import Listing, list_other, list_train
 from .sampler import permute
 from .transforms import Transforms, keyed_generator, sample_seeds
+
+BAD = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
+"""Errors of a file that is no image. Any other may be gone the next time, and passing over would make another run."""
 
 
 class Source(Protocol):
@@ -29,6 +33,10 @@ class Source(Protocol):
     @property
     def labels(self) -> Tensor:
         """int64 (N,)."""
+
+    @property
+    def digest(self) -> str:
+        """Changes with which samples there are, their order and labels. Images are not read for it."""
 
     def __len__(self) -> int: ...
 
@@ -50,6 +58,10 @@ class FolderSource:
         self._files: NDArray[np.bytes_] = np.array(
             [os.fsencode(f) for files in listing.files for f in files], dtype="S"
         )
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.labels.numpy().tobytes(), self._files.tobytes())
 
     def __len__(self) -> int:
         return len(self._files)
@@ -135,7 +147,9 @@ class EncodedPart:
         except DataError:
             raise
         except OSError as error:
-            raise Unreadable(error.strerror or str(error)) from error
+            if error.errno in BAD:
+                raise Unreadable(error.strerror or str(error)) from error
+            raise DataError(f"cannot be read now ({error}); run again when that is well") from error
         except ValueError as error:
             raise Unreadable(str(error)) from error
 
@@ -162,14 +176,17 @@ def load_files(config: Folder | Shards | Hub, *, seed: int) -> Dataset:
     default: tuple[Transform, ...] = ({"RandomResizedCrop": {"size": size}},)
     steps = default if config.transforms is None else config.transforms
     train = Transforms(steps, shape=config.shape, key="data.transforms")
-    default = ({"Resize": {"size": [side * 8 // 7 for side in size]}}, {"CenterCrop": {"size": size}})
+    larger = [side * 8 // 7 for side in size]
+    # One number is that of the shorter side, and keeps what is round round.
+    default = ({"Resize": {"size": larger[0] if size[0] == size[1] else larger}}, {"CenterCrop": {"size": size}})
     steps = default if config.eval_transforms is None else config.eval_transforms
     evaluation = Transforms(steps, shape=config.shape, key="data.eval_transforms")
     fit, held, last = (
         EncodedPart(source, train=train, evaluation=evaluation, unreadable=config.unreadable, seed=seed)
         for source in sources
     )
-    return Dataset(fit, held, last, Spec(config.shape, classes, names))
+    digest = digest_of(repr(names).encode(), *(source.digest.encode() for source in sources))
+    return Dataset(fit, held, last, Spec(config.shape, classes, names), digest=digest)
 
 
 def _classes(config: Folder | Shards | Hub, sources: Sequence[Source], names: tuple[str, ...]) -> int:

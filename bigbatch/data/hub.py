@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bigbatch.config.models import Hub
 
-from .base import Split, needs
+from .base import Split, digest_of, needs
 from .index import held_out
 
 if TYPE_CHECKING:
@@ -26,6 +26,15 @@ class HubSource:
     table: Any
     rows: NDArray[np.int64]
     labels: Tensor
+
+    @property
+    def digest(self) -> str:
+        """Of lengths and labels; the library's own fingerprint changes with where its files lie, and when they came."""
+        import pyarrow.compute
+
+        (images,) = self.table.data.columns
+        lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(images, "bytes")).cast("int64")
+        return digest_of(*(a.tobytes() for a in (self.rows, self.labels.numpy(), lengths.fill_null(-1).to_numpy())))
 
     def __len__(self) -> int:
         return len(self.rows)

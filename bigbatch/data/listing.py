@@ -16,7 +16,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 
 @dataclass(frozen=True)
 class Listing:
-    """Images in class folders: ``files[k]`` are paths below ``root/classes[k]``, in order."""
+    """Images in class folders: ``files[k]`` are paths below ``root/classes[k]``, in order. Images and class folders
+    may be links, folders below them not."""
 
     root: str
     classes: tuple[str, ...]
@@ -98,12 +99,12 @@ def listed(path: str, name: str, key: str) -> Listing:
             + (", or data.size=N to plan without the images" if key == "data.train" else "")
         )
     entries = sorted(_visible(root), key=lambda entry: entry.name)
-    strays = [entry.name for entry in entries if entry.is_file() and _is_image(entry.name)]
+    strays = [entry.name for entry in entries if _is_image(entry.name) and os.path.isfile(entry.path)]
     if strays:
         raise ValueError(
             f"{key} = {name!r}: {_few(strays)} in {root}: no class folder; move images into one folder for each class"
         )
-    classes = tuple(entry.name for entry in entries if entry.is_dir())
+    classes = tuple(entry.name for entry in entries if os.path.isdir(entry.path))
     return Listing(root, classes, tuple(tuple(sorted(_images(os.path.join(root, name)))) for name in classes))
 
 
@@ -112,7 +113,7 @@ def _images(folder: str, below: str = "") -> Iterator[str]:
         path = os.path.join(below, entry.name)
         if _is_image(entry.name):
             yield path
-        elif entry.is_dir():
+        elif entry.is_dir(follow_symlinks=False):  # a link may lead back to where it stands
             yield from _images(folder, path)
 
 

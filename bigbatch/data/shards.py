@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bigbatch.config.data import Source
 from bigbatch.config.models import Shards
 
+from .base import digest_of
 from .cache import Cache
 from .index import CUT, FAULTS, INDEX, MEMBER, Found, find, held_out, open_cache
 
@@ -30,6 +31,11 @@ class ShardSource:
         self._rows = rows[self._at]
         self.labels = torch.from_numpy(self._rows["label"].astype(np.int64))
         self._open: dict[int, int] = {}
+
+    @property
+    def digest(self) -> str:
+        """Of lengths and labels, so that shards may lie elsewhere, or be cut otherwise."""
+        return digest_of(*(self._rows[column].tobytes() for column in ("length", "label")))
 
     def __len__(self) -> int:
         return len(self._rows)

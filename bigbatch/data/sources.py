@@ -16,6 +16,7 @@ from bigbatch.keyed import fold, hashed
 from bigbatch.spec import Spec
 
 from .base import Batch, Dataset
+from .listing import listed
 from .size import (
     TEST_FILES,
     TORCHVISION,
@@ -99,6 +100,7 @@ def load_data(config: Data, *, seed: int) -> Dataset:
     if not isinstance(config, CustomData):  # whose size is the plan's, or an error
         size = size_of(config)  # which has its say on data.size
         assert len(dataset.train) == size
+        listed.cache_clear()  # a path for each image, which nobody asks for any more
     if isinstance(config, Digits | Idx | Synthetic | CustomData) and (config.transforms or config.eval_transforms):
         from .transforms import transformed
 

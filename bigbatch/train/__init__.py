@@ -5,7 +5,7 @@ from .checkpoint import open_newest
 from .evaluate import evaluate, unreadable
 from .guard import check_ranks, fingerprints
 from .loop import train
-from .resume import preprocess_of_run
+from .resume import check_classes, preprocess_of_run
 from .saved import open_checkpoint
 from .state import Clock, Parts, Preempted, RunError, StepReport
 from .step import train_step, upcoming
@@ -17,6 +17,7 @@ __all__ = [
     "RunError",
     "StepReport",
     "assemble",
+    "check_classes",
     "check_ranks",
     "evaluate",
     "feed",

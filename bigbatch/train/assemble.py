@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigbatch.config import RunConfig
-from bigbatch.config.models import Preprocess, Text
+from bigbatch.config.models import CustomTask, Preprocess, Text
 from bigbatch.data import (
     Dataset,
     ImagePipeline,
@@ -219,7 +219,7 @@ def _try(
         if runtime.world_size > 1:
             # The second pass is where DistributedDataParallel tells of parameters that the first did not reach.
             _check_reached(strategy, passes)
-        if custom:
+        if isinstance(config.task, CustomTask):
             evaluation()
     except (ValueError, dist.DistError, torch.OutOfMemoryError):
         raise

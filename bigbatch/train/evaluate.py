@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 import torch
 
-from bigbatch.data import Split
+from bigbatch.data import DataError, Split
 
 from .state import Parts
 
@@ -15,24 +15,31 @@ def evaluate(parts: Parts, split: Split) -> dict[str, float]:
     """The task's metrics over a whole part of the dataset, equal on every process.
 
     Running batch-norm statistics are merged over processes first, and there is one sum at the end. Where the forward
-    passes between are collectives, a process with fewer batches than another makes up for them with dummies.
+    passes between are collectives, a process with fewer batches than another makes up for them with dummies. Raises
+    `DataError`, on every process, where no sample can be read.
     """
     runtime, size = parts.runtime, parts.config.eval.batch
     parts.stats.merge(runtime.sum, runtime.rank)
     parts.model.eval()
-    # Named by the task, so that a process whose share is empty takes part in the sum.
-    total = torch.zeros(len(parts.task.sums), dtype=torch.float64, device=runtime.device)
+    # Named by the task, so that a process whose share is empty takes part in the sum; the last is that of samples.
+    total, samples = torch.zeros(len(parts.task.sums) + 1, dtype=torch.float64, device=runtime.device), 0
     batches = parts.loader.evaluate(split, rank=runtime.rank, world_size=runtime.world_size, batch=size)
     rounds = parts.loader.rounds(split, world_size=runtime.world_size, batch=size) if parts.strategy.lockstep else 0
     with torch.no_grad(), runtime.autocast():
         for batch, _ in zip_longest(batches, range(rounds)):
             runtime.progress.enter("eval")
-            sums = parts.task.evaluate(parts.model, batch or parts.loader.train(range(0)))
+            found = parts.task.evaluate(parts.model, batch or parts.loader.train(range(0)))
             if batch:
-                total += torch.stack([sums[name] for name in parts.task.sums])
+                total[:-1] += torch.stack([found[name] for name in parts.task.sums])
+                samples += len(batch["index"])
     parts.model.train()
+    total[-1] = samples
     runtime.sum(total)
-    return parts.task.metrics(dict(zip(parts.task.sums, total.tolist(), strict=True)))
+    *sums, samples = total.tolist()
+    if not samples:
+        size = len(parts.loader.dataset.part(split))
+        raise DataError(f"data.{split}: none of its {size} samples can be read; mend them, or evaluate on others")
+    return parts.task.metrics(dict(zip(parts.task.sums, sums, strict=True)))
 
 
 def unreadable(parts: Parts) -> dict[str, str]:

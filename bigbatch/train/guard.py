@@ -19,11 +19,11 @@ _AT_A_TIME = 2**22
 
 
 def check_ranks(parts: Parts, clock: Clock, tensors: Mapping[str, Tensor]) -> None:
-    """Compare these tensors, the plan and the clock over all processes, bit by bit, in one small collective.
+    """Compare these tensors, the plan, the clock and what the data is over all processes, in one small collective.
 
-    Raises RunError on every process where they are not equal; it names the ranks in the minority and what they have
-    that differs. Of a tensor only a hash of its bits travels. What is each process's own is left out: such buffers,
-    and parts of a sharded parameter.
+    Tensors are compared bit by bit. Raises RunError on every process where they are not equal; it names the ranks in
+    the minority and what they have that differs. Of a tensor only a hash of its bits travels. What is each process's
+    own is left out: such buffers, and parts of a sharded parameter.
     """
     runtime = parts.runtime
     if runtime.world_size == 1:
@@ -33,7 +33,7 @@ def check_ranks(parts: Parts, clock: Clock, tensors: Mapping[str, Tensor]) -> No
         for name, tensor in tensors.items()
         if name not in parts.own_buffers and not isinstance(tensor, DTensor)
     }
-    said = {"the plan": parts.plan.digest, "the clock": repr(asdict(clock))}
+    said = {"the plan": parts.plan.digest, "the clock": repr(asdict(clock)), "the data": parts.loader.dataset.digest}
     words = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") for text in said.values()]
     hashes = [fingerprints(tensor.reshape(1, -1)) for tensor in tensors.values()]
     rows = runtime.gather(torch.cat([torch.tensor(words, device=runtime.device), *hashes])).tolist()

@@ -256,6 +256,7 @@ def _save(session: Session, metrics: Metrics | None, *, late: bool = False) -> N
         "loss_scale": asdict(parts.scale) if parts.scale else None,
         "recipe": parts.config.model_dump(mode="json", by_alias=True),
         "data": parts.loader.dataset.digest,
+        "spec": json.loads(json.dumps(asdict(parts.loader.dataset.spec), default=int)),  # some count in NumPy's numbers
     }
     session.trackers.sync()  # what the checkpoint has taken, the metrics have
     preprocess = parts.preprocessing.state if parts.preprocessing else None

@@ -63,7 +63,7 @@ def restore(parts: Parts, saved: Saved) -> Clock:
     """Load a checkpoint and return where it was taken. ConfigError where it is of another run."""
     state = saved.state
     _check_same_run(parts.config, state["recipe"], saved.path)
-    if (digest := parts.loader.dataset.digest) != state.get("data", digest):
+    if (digest := parts.loader.dataset.digest) != (state.get("data") or digest):
         raise ConfigError(f"data: its content or tokenizer is not what {saved.path} was trained on; give a new run.dir")
     parts.strategy.load(saved.model(), saved.optimizer())
     if parts.preprocessing:
@@ -71,6 +71,19 @@ def restore(parts: Parts, saved: Saved) -> Clock:
     if parts.scale and state["loss_scale"]:
         parts.scale.__dict__.update(state["loss_scale"])
     return Clock(**{name: state[name] for name in asdict(Clock())})
+
+
+def check_classes(parts: Parts, saved: Saved) -> None:
+    """ConfigError where the data's classes are not those that the model has learnt."""
+    if "spec" not in saved.state:
+        return  # of an earlier version
+    now, then = parts.loader.dataset.spec, saved.spec()
+    pairs = enumerate(zip(now.names, then.names, strict=False))
+    wrong = [f"class {i} is {ours!r}, and was {theirs!r}" for i, (ours, theirs) in pairs if ours != theirs]
+    if now.classes != then.classes:
+        wrong.append(f"there are {now.classes} classes, and were {then.classes}")
+    if wrong:
+        raise ConfigError(f"data: {wrong[0]} to {saved.path}; have the classes of its training, in their order")
 
 
 def on_rank_0(parts: Parts, function: Callable[[], T]) -> T:
@@ -103,7 +116,8 @@ def _on_rank_0(config: RunConfig, runtime: Runtime, function: Callable[[], T]) -
 def _identity(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json", by_alias=True, exclude=set(FREE_ON_RESUME))
     del tree["batch"]["micro"], tree["batch"]["micro_limit"]
-    for where in ("path", "download", "cache", "cache_bytes", "workers", "prefetch", "unreadable"):
+    shards = ("train", "validation", "test") if config.data.name == "shards" else ()  # whose rows the digest tells
+    for where in ("path", "download", "cache", "cache_bytes", "workers", "prefetch", "unreadable", *shards):
         tree["data"].pop(where, None)
     # Rounded gradients are another run; how they lie over the processes is not.
     tree["parallel"] = {"compression": config.parallel.compression}

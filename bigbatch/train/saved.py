@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from bigbatch.spec import Spec
+
 from .state import RunError
 
 State = dict[str, Any]
@@ -58,6 +60,12 @@ class Saved:
     def preprocess(self) -> State:
         """What `bigbatch.data.Preprocessing` is made of; nothing where nothing is preprocessed."""
         return self._load(PREPROCESS, load_file)
+
+    def spec(self) -> Spec:
+        """What the data was that the model has learnt from."""
+        if "spec" not in self.state:
+            raise RunError(f"checkpoint {self.path}: is of an earlier version, which did not save what its data was")
+        return Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.state["spec"].items()})
 
     def _load(self, name: str, load: Callable[[Path], State]) -> State:
         with _reading(self.path):

@@ -33,7 +33,7 @@ def test_it_is_thirty_lines() -> None:
 def test_it_trains_learns_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["train", *RECIPE, f"run.dir={tmp_path}"]) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["metrics"]["r2"] > 0.4
-    assert main(["checkpoint", "export", str(tmp_path), str(tmp_path / "model"), "--allow-custom"]) == 0
+    assert main(["checkpoint", "export", str(tmp_path), str(tmp_path / "model")]) == 0
     monkeypatch.chdir(tmp_path / "model")
     names: dict[str, Any] = {}
     (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from torchvision.transforms import v2
 from bigbatch.config.models import Augment, Folder
 from bigbatch.data import DataError, Loader, Stream, load_data
 from bigbatch.data.files import EncodedPart
+from bigbatch.data.listing import listed
 from bigbatch.data.transforms import Transforms
 from images import image_loader
 from pictures import BAD, encoded, pixels, write_folder
@@ -171,12 +175,21 @@ def test_a_folder_of_nothing_but_bad_files_ends_the_run(tmp_path):
         dataset(root, unreadable="skip").train.gather(torch.arange(2), torch.zeros(2, dtype=torch.int64))
 
 
-def test_a_file_that_is_gone_is_unreadable(tmp_path):
+def test_a_file_that_is_gone_is_unreadable_and_a_disk_that_fails_is_not(tmp_path, monkeypatch):
     root = write_folder(tmp_path, train=2)
-    part = dataset(root).train
+    part, lenient = (dataset(root, unreadable=way).train for way in ("fail", "skip"))
     (root / "train" / "cat" / "01.jpg").unlink()
     with pytest.raises(DataError, match=r"01\.jpg: cannot be read \(No such file"):
         part.gather(torch.tensor([1]))
+    assert len(lenient.gather(torch.tensor([1]))["index"]) == 0
+    for code in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT):
+        monkeypatch.setattr(lenient.source, "read", partial(fails, code))
+        with pytest.raises(DataError, match=rf"00\.jpg: cannot be read now .*{os.strerror(code)}"):
+            lenient.gather(torch.tensor([0]))
+
+
+def fails(code, i):
+    raise OSError(code, os.strerror(code))
 
 
 @settings(max_examples=20, deadline=None)
@@ -205,10 +218,11 @@ def test_evaluation_draws_nothing_and_training_does(clean):
 
 def test_the_default_transforms_are_those_of_imagenet(clean):
     data = dataset(clean, transforms=None)
+    assert listed.cache_info().currsize == 0, "a million paths are kept"
     assert data.spec.shape == (3, 24, 24) and data.spec.names == ("cat", "dog") and data.spec.classes == 2
     assert data.train.gather(torch.arange(3), torch.zeros(3, dtype=torch.int64))["image"].shape == (3, 3, 24, 24)
     image = torch.from_numpy(np.array(Image.open(clean / "val" / "cat" / "00.jpg")))
-    expected = v2.CenterCrop(24)(v2.Resize([27, 27])(image.permute(2, 0, 1)))
+    expected = v2.CenterCrop(24)(v2.Resize(27)(image.permute(2, 0, 1)))
     assert torch.equal(data.validation.gather(torch.tensor([0]))["image"][0], expected)
     index = torch.arange(len(data.test))
     assert torch.equal(data.test.gather(index)["image"], data.validation.gather(index)["image"])

@@ -29,6 +29,9 @@ def test_samples_are_images_in_order_whatever_the_disk_says(tmp_path):
     touch(tmp_path, *TWO, "train/a/deep/x.tiff", "train/a/notes.txt", "train/a/.x.jpg", "train/.cache/y.jpg")
     touch(tmp_path, "train/README.md", "elsewhere/3.bmp")
     os.symlink(tmp_path / "elsewhere", tmp_path / "train" / "c")
+    os.symlink(tmp_path / "train", tmp_path / "train" / "a" / "again")
+    for loop in ("train/loop", "train/a/loop"):
+        os.symlink("loop", tmp_path / loop)
     train, validation = list_train(folder(tmp_path))
     assert train.classes == validation.classes == ("a", "b", "c")
     assert train.files == (("10.JpEg", "2.PNG", os.path.join("deep", "x.tiff")), ("1.jpg",), ("3.bmp",))

@@ -41,6 +41,8 @@ def guarded(rank: int, odd: int, change: str) -> str | None:
             parts.model.get_buffer("norm.running_var")[3] += 1e-9
         elif change == "plan":
             parts = dataclasses.replace(parts, plan=dataclasses.replace(plan, eval_every=7))
+        elif change == "data":
+            parts.loader.dataset = dataclasses.replace(parts.loader.dataset, digest="other")
         elif change == "clock":
             clock.samples += 96
     try:
@@ -58,6 +60,7 @@ def guarded(rank: int, odd: int, change: str) -> str | None:
         (3, 1, "signs", "rank 1 of 3 differs from the others in stages.0.conv1.weight; "),
         (3, 0, "buffer", "rank 0 of 3 differs from the others in norm.running_var; "),
         (2, 1, "plan", "rank 1 of 2 differs from the others in the plan; "),
+        (2, 1, "data", "rank 1 of 2 differs from the others in the data; "),
         (3, 1, "clock", "rank 1 of 3 differs from the others in the clock; "),
         (2, 1, "nothing", ""),
     ],

@@ -264,12 +264,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     plan = make_plan(config, world_size=1)
 
     from bigbatch.data import DataError
-    from bigbatch.train import RunError, evaluate, open_checkpoint, open_newest, unreadable
+    from bigbatch.train import RunError, check_classes, evaluate, open_checkpoint, open_newest, unreadable
 
     try:
         saved = open_newest(path / "checkpoints") if is_run else open_checkpoint(path)
         with _assembled(config, plan, lambda runtime: saved.preprocess()) as parts:
-            _check_tokenizer(parts, run)
+            check_classes(parts, saved)
             _load(parts, saved)
             metrics: dict[str, Any] = evaluate(parts, args.split)
             if missed := unreadable(parts):
@@ -305,21 +305,15 @@ def _verify(args: argparse.Namespace) -> int:
     return OK if verdict.same else FAILED
 
 
-def _check_tokenizer(parts: Parts, run: Path) -> None:
+def _load(parts: Parts, saved: Saved) -> None:
     from bigbatch.data.tokenizer import check_tokenizer
 
+    weights = saved.model()
     try:
-        check_tokenizer(parts.loader.dataset.tokenizer, run / "tokenizer.json")
+        check_tokenizer(parts.loader.dataset.tokenizer, saved.path.parents[1] / "tokenizer.json")
+        parts.model.load_state_dict(weights)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _load(parts: Parts, saved: Saved) -> None:
-    from bigbatch.train import check_classes
-
-    check_classes(parts, saved)
-    try:
-        parts.model.load_state_dict(saved.model())
     except RuntimeError as error:
         what = str(error).splitlines()[-1].strip()
         raise ConfigError(f"{saved.path}: holds another model than the overrides describe ({what})") from None

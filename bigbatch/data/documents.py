@@ -130,7 +130,7 @@ def _hub(config: Text, split: str) -> Iterator[str]:
     for name in _names(config, split):
         what = f"data.hub = {config.hub!r}: its {name}"
         with needs("text", "datasets"):
-            table = open_split(config.hub, name, what=what, config=config.hub_config, revision=config.hub_revision)
+            table = open_split(config.hub, name, what=what, name=config.hub_config, revision=config.hub_revision)
         yield from _column(config, table, config.hub)
 
 

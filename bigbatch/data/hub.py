@@ -115,46 +115,24 @@ def _split(config: Hub, key: Split) -> tuple[HubSource, tuple[str, ...]]:
 
 def _table(config: Hub, key: Split, *, fetch: bool = True) -> Any:
     split = getattr(config, key)
+    what = f"data.{key} = {split!r} of data.path = {config.path!r}"
+    options: dict[str, Any] = {"name": config.config, "revision": config.revision, "data_files": _files(config)}
     with needs("images", "datasets"):
-        return open_split(
-            config.path,
-            split,
-            what=f"data.{key} = {split!r} of data.path = {config.path!r}",
-            config=config.config,
-            revision=config.revision,
-            files=_files(config),
-            fetch=fetch,
-        )
+        return open_split(config.path, split, what=what, fetch=fetch, **options)
 
 
-def open_split(
-    path: str,
-    split: str,
-    *,
-    what: str,
-    config: str | None,
-    revision: str | None,
-    files: dict[str, list[str]] | None = None,
-    fetch: bool = True,
-) -> Any:
-    """A split as the library has it. Raises ValueError, which says ``what`` cannot be had, and ImportError without the
-    library."""
+def open_split(path: str, split: str, *, what: str, fetch: bool = True, **options: Any) -> Any:
+    """A split as the library has it; ``options`` are its load_dataset's. Raises ValueError, which says ``what`` cannot
+    be had, and ImportError without the library."""
     import datasets
 
     datasets.disable_progress_bars()
-    path = os.path.expanduser(path)
+    path, download = os.path.expanduser(path), datasets.DownloadConfig(local_files_only=not fetch)
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(path)
             return saved[split] if isinstance(saved, dict) else datasets.DatasetDict(train=saved)[split]
-        return datasets.load_dataset(
-            path,
-            config,
-            data_files=files,
-            revision=revision,
-            split=split,
-            download_config=datasets.DownloadConfig(local_files_only=not fetch),
-        )
+        return datasets.load_dataset(path, split=split, download_config=download, **options)
     except Exception as error:  # of many kinds, by version and by what the dataset is made of
         raise ValueError(f"{what} cannot be had ({error})") from None
 

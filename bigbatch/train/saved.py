@@ -65,7 +65,8 @@ class Saved:
         """What the data was that the model has learnt from."""
         if "spec" not in self.state:
             raise RunError(f"checkpoint {self.path}: is of an earlier version, which did not save what its data was")
-        return Spec(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.state["spec"].items()})
+        spec = self.state["spec"]
+        return Spec(tuple(spec["shape"]), spec["classes"], tuple(spec["names"]), spec["special"])
 
     def _load(self, name: str, load: Callable[[Path], State]) -> State:
         with _reading(self.path):

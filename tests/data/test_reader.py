@@ -38,7 +38,7 @@ class Mortal:
             (self.folder / str(os.getpid())).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.slow)
-        return {"number": index + 100}
+        return {"number": index + 100, "pid": torch.full_like(index, os.getpid())}
 
 
 def numbers(part):
@@ -104,8 +104,10 @@ def test_more_is_read_ahead_than_the_soft_limit_has_files(tmp_path):
 
 def own_and_wait(folder, pipe):
     reader = Reader(numbers(Mortal(folder, slow=0.05)), workers=2, pin=False)
-    reader.start("train", torch.arange(8))()
-    pipe.send([process.pid for process in reader._pool._processes.values()])
+    pids = set()
+    while len(pids) < 2:  # one that is still starting has not yet said that it passes over signals
+        pids.update(reader.start("train", torch.arange(8))()["pid"].tolist())
+    pipe.send(list(pids))
     while True:  # still reading when the owner is killed
         reader.start("train", torch.arange(8))()
 

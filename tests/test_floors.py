@@ -27,7 +27,7 @@ FLOORS = (
 HEIGHT = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_TORCH = {"plan", "schedules", "config"}
 ASSEMBLED = {"optim", "norm", "data", "tasks"}
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_CODE = 400, 10500
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_CODE = 400, 10700
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -121,7 +121,7 @@ class Numbers:
 
     def read(self, i):
         if i in self.gone:
-            raise OSError("gone")
+            raise OSError(errno.ENOENT, "gone")
         return encoded(np.array([[i]], dtype=np.uint8), "PNG")
 
 

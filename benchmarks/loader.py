@@ -1,7 +1,7 @@
 """Images a second that reach a training loop, beside torchvision and timm: the figures in benchmarks/README.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py [--images 5120] [--rounds 7] [--workers 2] [--batch 256]
-        [--fashion-mnist FOLDER] [--chart PATH]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py [--cases 224x224 500x375 memory] [--images 5120] [--rounds 7]
+        [--workers 2] [--batch 256] [--fashion-mnist FOLDER] [--chart PATH]
 
 Fashion-MNIST is written out as RGB JPEGs of 224 × 224 and of 500 × 375 pixels, with noise added, for the scaled images
 alone would compress to a few kilobytes. Every contender crops at random to 224 × 224 (RandomResizedCrop), flips, and
@@ -41,8 +41,8 @@ from bigbatch.config.models import Augment, Folder, Idx
 from bigbatch.data import Dataset, ImagePipeline, Loader, MemoryPart, Stream, load_data
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZES = {"224 × 224": (224, 224), "500 × 375": (500, 375)}
-IN_MEMORY, MEMORY_BATCH = "28 × 28 in memory", 4096
+SIZES = {"224x224": (224, 224), "500x375": (500, 375)}
+IN_MEMORY, MEMORY_BATCH = "memory", 4096
 Contender = Callable[[], Iterable[object]]
 Rates = dict[str, list[float]]
 
@@ -91,7 +91,7 @@ def epochs_of(loader: Loader, batch: int) -> Contender:
     return epoch
 
 
-def from_files(folder: Path, *, workers: int, batch: int) -> dict[str, Contender]:
+def from_files(folder: Path, workers: int, batch: int) -> dict[str, Contender]:
     steps = ({"RandomResizedCrop": {"size": 224}}, "RandomHorizontalFlip")
     dataset = load_data(Folder(name="folder", path=str(folder), transforms=steps), seed=0)
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (MEAN, STD))
@@ -188,9 +188,11 @@ def table_of(title: str, by_wall: Rates, by_cpu: Rates) -> Table:
 
 def draw(results: dict[str, Rates], path: Path) -> None:
     matplotlib.use("Agg")
-    figure, axes = pyplot.subplots(1, len(results), figsize=(4.6 * len(results), 2.6), layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(results), squeeze=False, figsize=(4.6 * len(results), 2.6), layout="constrained"
+    )
     colours = {"bigbatch": "#1f77b4", "timm": "#ff7f0e"}
-    for axis, (title, rates) in zip(axes, results.items(), strict=True):
+    for axis, (title, rates) in zip(axes[0], results.items(), strict=True):
         quartiles = [statistics.quantiles(values, n=4) for values in rates.values()]
         spread = [[q[1] - q[0] for q in quartiles], [q[2] - q[1] for q in quartiles]]
         bars = axis.barh(
@@ -208,6 +210,8 @@ def draw(results: dict[str, Rates], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [*SIZES, IN_MEMORY]
+    parser.add_argument("--cases", nargs="+", choices=known, default=known)
     parser.add_argument("--images", type=int, default=5120)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2)
@@ -219,21 +223,18 @@ def main() -> None:
     memory = load_data(Idx(name="idx", path=args.fashion_mnist), seed=0)
     assert isinstance(memory.train, MemoryPart)
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, size in SIZES.items():
-            place = Path(folder, name)
-            write_images(place, memory.train, size=size, count=args.images)
-            contenders = from_files(place, workers=args.workers, batch=args.batch)
-            title = f"JPEGs of {name}, {args.workers} workers, batch {args.batch}"
-            seen = args.images // args.batch * args.batch
-            results[title] = measure(contenders, images=seen, rounds=args.rounds)
+    for case in args.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            if case == IN_MEMORY:
+                contenders, size, batch = from_memory(memory, workers=args.workers), len(memory.train), MEMORY_BATCH
+            else:
+                write_images(Path(folder), memory.train, size=SIZES[case], count=args.images)
+                contenders, size, batch = from_files(Path(folder), args.workers, args.batch), args.images, args.batch
+            rounds = args.rounds * (10 if case == IN_MEMORY else 1)
+            title = f"{case}, {args.workers} workers, batch {batch:,}"
+            results[title] = measure(contenders, images=size // batch * batch, rounds=rounds)
             Console().print(table_of(title, *results[title]))
             del contenders  # and its processes
-    contenders = from_memory(memory, workers=args.workers)
-    title = f"{IN_MEMORY}, batch {MEMORY_BATCH}"
-    seen = len(memory.train) // MEMORY_BATCH * MEMORY_BATCH
-    results[title] = measure(contenders, images=seen, rounds=10 * args.rounds)
-    Console().print(table_of(title, *results[title]))
     if args.chart:
         draw({title: by_cpu for title, (_, by_cpu) in results.items()}, args.chart)
 

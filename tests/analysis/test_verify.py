@@ -69,6 +69,7 @@ def test_the_same_run_whatever_a_process_holds(strategy: str) -> None:
     assert max(finding.difference for finding in verdict.findings) < 1e-12
 
 
+@pytest.mark.cluster
 def test_dropout_and_stochastic_depth_are_the_same_run_where_they_are_keyed() -> None:
     model = {"model": "timm/resnet10t", "options": {"drop_rate": 0.2, "drop_path_rate": 0.2}}
     data = {"name": "synthetic", "shape": [3, 16, 16], "classes": 3, "size": 1085}

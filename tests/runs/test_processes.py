@@ -31,6 +31,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.cluster
 def test_two_processes_take_the_steps_of_one(recipe: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["train", str(recipe), f"run.dir={one}"]) == 0
@@ -64,6 +65,7 @@ def test_two_processes_take_the_steps_of_one(recipe: Path, tmp_path: Path) -> No
         assert result[name] == pytest.approx(summary(two)["metrics"][name], rel=1e-12)
 
 
+@pytest.mark.cluster
 def test_goes_on_with_another_number_of_processes(recipe: Path, tmp_path: Path) -> None:
     one, changed = tmp_path / "one", tmp_path / "changed"
     assert main(["train", str(recipe), f"run.dir={one}"]) == 0

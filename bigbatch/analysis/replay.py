@@ -66,14 +66,6 @@ def replay(rank: int, config: RunConfig, plan: Plan, folder: Path, role: Role) -
         parts = assemble(config, plan, runtime)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    try:
-        return _steps(parts, folder, role)
-    finally:
-        parts.loader.close()  # this process could not end before those that read for it
-
-
-def _steps(parts: Parts, folder: Path, role: Role) -> Trace:
-    plan, runtime = parts.plan, parts.runtime
     if role == "jolted":
         for parameter in parts.model.parameters():
             mine = part(parameter)
@@ -96,9 +88,9 @@ def _steps(parts: Parts, folder: Path, role: Role) -> Trace:
             trace.ranks = clock.step, odd
         merged = clock.step == 1 or clock.samples >= plan.samples
         if merged:
-            parts.stats.merge(runtime.sum, runtime.rank)
+            parts.stats.merge(runtime.sum, rank)
         state = parts.strategy.model_state()
-        if runtime.rank == 0:
+        if rank == 0:
             weights = {name: state[name] for name, _ in parts.model.named_parameters()}
             running = {name: state[name] for name, _ in parts.model.named_buffers() if merged and name in state}
             file = folder / f"{clock.step}.safetensors"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.util import Finalize
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ Begun = tuple[ProcessPoolExecutor, list[Future[Read]]]
 
 ATTEMPTS = 3
 """Times that a worker may die over the same samples."""
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to stop, which SLURM sends to all of its processes."""
 
 _parts: dict[Split, Part] = {}  # of a process that reads
 
@@ -56,7 +61,7 @@ class Reader:
     def close(self) -> None:
         """End the processes; what they were about to read is forgotten."""
         if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._end()
             self._pool = None
 
     def _submit(self, jobs: list[Job]) -> Begun:
@@ -92,7 +97,18 @@ class Reader:
         modules = {type(part).__module__ for part in parts.values()}
         # Imported once and shared: torchvision alone takes more than a second and 100 MB.
         context.set_forkserver_preload([__name__, *sorted(m for m in modules if m.startswith("bigbatch."))])
-        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_begin, initargs=(parts,))
+        # What processes start from, and they until they have begun, must outlive what only asks the run to stop.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # once more, since the first one lets SIGTERM through
+                start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_begin, initargs=(parts,))
+        # Waits, and before multiprocessing closes the queues: else what tells workers to end could come too late.
+        self._end = Finalize(self, pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=100)
+        return pool
 
     def _note(self, found: list[Read]) -> Batch:
         for _, problems in found:
@@ -117,6 +133,7 @@ def _begin(parts: dict[Split, Part]) -> None:
     torch.set_num_threads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     end_with_owner()
 
 

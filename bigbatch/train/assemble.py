@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -57,31 +57,6 @@ def assemble(
     rule that matches nothing.
     """
     loader, preprocessing, told = feed(config, plan, runtime, preprocess=preprocess)
-    with _closing(loader):
-        parts = _build(config, plan, runtime, loader, preprocessing, told)
-        if weights == "start":
-            start(parts)
-    return parts
-
-
-@contextmanager
-def _closing(loader: Loader) -> Iterator[None]:
-    """A process that fails here could not end before those that read for it."""
-    try:
-        yield
-    except BaseException:
-        loader.close()
-        raise
-
-
-def _build(
-    config: RunConfig,
-    plan: Plan,
-    runtime: Runtime,
-    loader: Loader,
-    preprocessing: Preprocessing | None,
-    told: tuple[PlanWarning, ...],
-) -> Parts:
     spec = loader.dataset.spec
     spec = replace(spec, shape=preprocessing.shape(spec.shape)) if preprocessing else spec
     task = build_task(config.task, spec)
@@ -102,7 +77,7 @@ def _build(
     strategy = runtime.prepare(model, lambda model: build_optimizer(config.optim, model))
     dropout, own_buffers, warnings = _try(config, task=task, strategy=strategy, loader=loader, runtime=runtime)
     strategy.start()
-    return Parts(
+    parts = Parts(
         config=config,
         plan=plan,
         runtime=runtime,
@@ -117,6 +92,9 @@ def _build(
         preprocessing=preprocessing,
         warnings=(*told, *warnings),
     )
+    if weights == "start":
+        start(parts)
+    return parts
 
 
 def feed(
@@ -135,9 +113,8 @@ def feed(
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
-    with _closing(loader):
-        preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
-        loader.pipeline = _pipeline(config, data, preprocessing, runtime)
+    preprocessing, told = _preprocessing(config, loader, runtime, preprocess)
+    loader.pipeline = _pipeline(config, data, preprocessing, runtime)
     return loader, preprocessing, told
 
 
@@ -202,8 +179,10 @@ def _try(
     def evaluation() -> None:
         model.eval()
         with torch.no_grad(), runtime.autocast():
-            sums = task.evaluate(model, next(loader.evaluate("validation", rank=0, world_size=1, batch=2)))
-        task.metrics({name: float(total) for name, total in sums.items()})
+            for batch in loader.evaluate("validation", rank=0, world_size=1, batch=2):
+                sums = task.evaluate(model, batch)
+                task.metrics({name: float(total) for name, total in sums.items()})
+                break
         model.train()
 
     try:

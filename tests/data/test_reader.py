@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -126,3 +127,24 @@ def test_workers_end_with_their_owner(tmp_path):
     owner.join()
     gone, alive = psutil.wait_procs(workers, timeout=10)
     assert (len(gone), alive) == (2, [])
+
+
+def read_while_asked_to_stop(folder, pipe):
+    os.setsid()
+    for asked in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(asked, lambda *_: None)
+        threading.Timer(0.3, os.killpg, (0, asked)).start()  # the fork server takes longer to start
+    reader = Reader(numbers(Mortal(folder)), workers=2, pin=False)
+    pipe.send(reader.start("train", torch.arange(8))()["number"].tolist())  # and leaves without closing it
+
+
+@pytest.mark.cluster
+def test_signals_that_ask_a_run_to_stop_leave_its_workers_to_start(tmp_path):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    # spawned, since a child of a fork server starts its own from that one
+    owner = multiprocessing.get_context("spawn").Process(target=read_while_asked_to_stop, args=(tmp_path, theirs))
+    owner.start()
+    theirs.close()
+    assert ours.recv() == list(range(100, 108))
+    owner.join(20)
+    assert owner.exitcode == 0

@@ -43,6 +43,13 @@ class Preprocess(Section):
     )
     samples: Positive | Literal["all"] = Field("all", description="Training samples that statistics are taken from.")
 
+    @model_validator(mode="after")
+    def _some_statistics(self) -> Preprocess:
+        none = self.rescale != "minmax" and self.center == self.scale == self.whiten == "none"
+        if none and self.samples != "all":
+            raise ValueError("samples: nothing here needs statistics; leave it out, or set center, scale or whiten")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _center_by_feature(cls, values: Any) -> Any:

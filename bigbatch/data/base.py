@@ -68,12 +68,10 @@ class TensorPart:
 class Dataset:
     """Three parts, and what they have in common.
 
-    ``kind`` tells what a batch still goes through: images are augmented
-    and preprocessed, text is masked, anything else is plain.
-    mean, std: of the training part's pixels / 255, float64 (C,), where they are known beforehand.
-    tokenizer: of text, the content of tokenizer.json.
-    digest: changes with the samples, where they are made of something that a recipe only names; a run goes on with
-    the same alone.
+    kind: what a batch still goes through: images are augmented and preprocessed, text is masked, anything else is
+    plain. mean, std: of the training part's pixels / 255, float64 (C,), where they are known beforehand. tokenizer: of
+    text, the content of tokenizer.json. digest: changes with the samples, where they are made of something that a
+    recipe only names; a run goes on with the same alone.
     """
 
     train: Part

@@ -106,12 +106,12 @@ def _main(
             dist.barrier()
             dist.destroy_process_group()
     except BaseException as error:
-        answer = pickle.dumps((True, traceback.format_exc(), _portable(error)))
+        answer = pickle.dumps((True, traceback.format_exc(), portable(error)))
     connection.send_bytes(answer)
     connection.close()
 
 
-def _portable(error: BaseException) -> BaseException | None:
+def portable(error: BaseException) -> BaseException | None:
     """The exception, if it survives pickling."""
     try:
         return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]

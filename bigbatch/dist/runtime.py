@@ -23,6 +23,7 @@ from bigbatch.config.models import Parallel
 from .deepspeed import Zero0, Zero12, deepspeed_accelerator, forget_launcher, stage_of
 from .fsdp2 import FullySharded
 from .heartbeat import Heartbeat, Progress
+from .local import portable
 from .strategy import Build, Replicas, Strategy
 from .zero1 import Zero1
 
@@ -92,7 +93,8 @@ class Runtime:
             yield
         except Exception as own:
             error = own
-        if found := [each for each in self.collect(error) if each]:
+        # One that cannot be sent may not keep the others waiting.
+        if found := [each for each in self.collect(error and (portable(error) or RuntimeError(str(error)))) if each]:
             raise error or found[0]
 
     @contextlib.contextmanager
